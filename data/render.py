@@ -1,0 +1,247 @@
+"""Text to token ids: the prompt as it will stand at generation, the completion with exactly one end token.
+
+A completion is tokenised together with its prompt, because tokens may depend on what stands before them; the prompt's
+ids are nevertheless always those of the prompt alone, which are the ids that sampling starts from.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, final
+
+from dpo.data.check import BadRow, Drop
+from dpo.data.records import Message, Messages
+from dpo.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Overlong = Literal["drop", "truncate_prompt", "truncate_completion"]
+
+# Private-use characters: a mark stands for a special token's spelling while a template is rendered around it.
+_OPEN, _CLOSE, _PROBE = "\ue000", "\ue001", "\ue002"
+_MARK = re.compile(f"{_OPEN}(\\d+){_CLOSE}")
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """One prompt and its completions as token ids."""
+
+    prompt: tuple[int, ...]
+    completions: tuple[tuple[int, ...], ...]
+    """Each ends with one end token, unless it was cut."""
+    truncated: bool
+    spells_special: bool
+    """True where a text spells a special token; it was tokenised as ordinary text."""
+
+
+@final
+class Renderer:
+    """Renders conversations through the tokenizer's chat template, or a plain one where it has none.
+
+    The plain template writes a single user message as it is, and every other prompt as paragraphs
+    "System: ...", "User: ...", "Assistant: ..." that end with "Assistant:".
+
+    Args:
+        tokenizer: a fast transformers tokenizer.
+        max_length: most tokens of prompt and completion together (>= 2).
+        overlong: what becomes of longer examples. "drop" drops them. "truncate_prompt" keeps the prompt's END.
+            "truncate_completion" keeps the completions' START, without end token where cut. All completions of an
+            example share one prompt, so the longest decides.
+
+    Raises:
+        ValueError: `max_length` is below 2.
+        DataError: neither the template nor the tokenizer ends a completion, or the template cannot render one.
+    """
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", max_length: int, overlong: Overlong = "drop") -> None:
+        if max_length < 2:
+            raise ValueError(
+                f"Renderer.max_length must be >= 2 (one prompt and one completion token), got {max_length}"
+            )
+        self._tokenizer = tokenizer
+        self._max_length = max_length
+        self._overlong: Overlong = overlong
+        added = tokenizer.added_tokens_decoder.values()
+        special = {token.content for token in added if token.special} | set(tokenizer.all_special_tokens)
+        # Longest first, so that "<|end|>x" is not taken for "<|end|>"; the mark's own character is escaped as well.
+        self._marked = [*sorted(special - {""}, key=lambda spelling: (-len(spelling), spelling)), _OPEN]
+        self._number = {spelling: number for number, spelling in enumerate(self._marked)}
+        self._special = re.compile("|".join(map(re.escape, self._marked[:-1])) or "(?!)")
+        self._escape = re.compile("|".join(map(re.escape, self._marked)))
+        self._eos = _id(tokenizer.eos_token_id)
+        self._bos = () if tokenizer.chat_template else _own_bos(tokenizer)
+        self._tail, self._end = self._probe()
+
+    @property
+    def end_tokens(self) -> frozenset[int]:
+        """Ids at which sampling stops: the one that ends a rendered completion, and the tokenizer's EOS."""
+        ends = self._encode(self._end)[-1:] if self._end else ()
+        return frozenset(ends if self._eos is None else (*ends, self._eos))
+
+    def prompt(self, messages: Messages) -> tuple[int, ...]:
+        """Return the prompt's ids, uncut: those that every completion is scored behind and sampled from.
+
+        Raises:
+            BadRow: the template refuses the conversation.
+        """
+        return self._bos + self._encode(self._text(messages))
+
+    def render(self, messages: Messages, completions: Sequence[str], source: str = "") -> Rendered:
+        """Return a prompt and its completions, within `max_length` tokens.
+
+        Args:
+            messages: the prompt.
+            completions: texts that answer it.
+            source: `file:row`, for messages.
+
+        Raises:
+            BadRow: they do not fit, hold no token, or the template refuses them.
+            DataError: the template does not keep the prompt in front of the completion.
+        """
+        text = self._text(messages)
+        prompt = self._bos + self._encode(text)
+        answers = [self._completion(messages, text, prompt, completion, source) for completion in completions]
+        if not prompt:
+            raise BadRow(Drop.EMPTY_PROMPT, "the tokenizer makes no token of it")
+        kept_prompt, kept = self._fit(prompt, answers)
+        contents = (*(message.content for message in messages), *completions)
+        return Rendered(
+            prompt=kept_prompt,
+            completions=kept,
+            truncated=(kept_prompt, kept) != (prompt, tuple(answers)),
+            spells_special=any(map(self._special.search, contents)),
+        )
+
+    def _fit(
+        self, prompt: tuple[int, ...], completions: Sequence[tuple[int, ...]]
+    ) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
+        longest = max(map(len, completions), default=0)
+        if len(prompt) + longest <= self._max_length:
+            return prompt, tuple(completions)
+        lengths = f"{len(prompt)} + {longest} tokens, max_length {self._max_length}"
+        if self._overlong == "truncate_prompt":
+            room = self._max_length - longest
+            if room < 1:
+                raise BadRow(Drop.OVERLONG_COMPLETION, lengths)
+            return prompt[-room:], tuple(completions)
+        room = self._max_length - len(prompt)
+        if room < 1:
+            raise BadRow(Drop.OVERLONG_PROMPT, lengths)
+        if self._overlong == "drop":
+            raise BadRow(Drop.OVERLONG_COMPLETION, lengths)
+        return prompt, tuple(completion[:room] for completion in completions)
+
+    def _completion(
+        self, messages: Messages, prompt_text: str, prompt: tuple[int, ...], completion: str, source: str
+    ) -> tuple[int, ...]:
+        """Return the completion's ids, its end token last."""
+        full = self._text(messages, completion)
+        if not full.startswith(prompt_text) or not full.endswith(self._tail):
+            raise DataError(self._unstable(prompt_text, full, source))
+        kept = full[: len(full) - len(self._tail)] + self._end
+        ids = self._bos + self._encode(kept)
+        # Where a token reaches across the boundary, the prompt's ids win: they are the ones that sampling sees.
+        follows = ids[: len(prompt)] == prompt
+        answer = ids[len(prompt) :] if follows else self._encode(kept[len(prompt_text) :])
+        if not self._end and self._eos is not None:
+            answer = (*answer, self._eos)
+        if len(answer) < 2:
+            raise BadRow(Drop.EMPTY_COMPLETION, "the tokenizer makes no token of it")
+        return answer
+
+    def _probe(self) -> tuple[str, str]:
+        """Return the text that the template puts behind a completion, and its part up to the first end token."""
+        try:
+            full = self._text((Message("user", "Hello"),), _PROBE)
+        except BadRow as bad:
+            raise DataError(
+                f"{self._name}: {bad}. Set a chat template that renders a user and an assistant turn."
+            ) from bad
+        _, probe, tail = full.rpartition(_PROBE)
+        if not probe:
+            raise DataError(
+                f"{self._name}: the chat template leaves the assistant's text out, expected it at the end of"
+                f" {full!r}. Set a chat template that renders assistant turns."
+            )
+        space = len(tail) - len(tail.lstrip())
+        end = self._special.match(tail, space)
+        if end is None and self._eos is None:
+            raise DataError(
+                f"{self._name}: got no end-of-sequence token, expected one in the chat template behind the assistant's"
+                " text or as tokenizer.eos_token: without it a model never learns to stop. Set tokenizer.eos_token."
+            )
+        return tail, tail[: end.end()] if end else ""
+
+    @property
+    def _name(self) -> str:
+        return str(self._tokenizer.name_or_path or "tokenizer")
+
+    def _text(self, messages: Messages, completion: str | None = None) -> str:
+        """Render a prompt ready for generation, or with its completion; special tokens in the texts are marked."""
+        turns = [(message.role, self._mark(message.content)) for message in messages]
+        answer = None if completion is None else self._mark(completion)
+        return self._templated(turns, answer) if self._tokenizer.chat_template else _plain(turns, answer)
+
+    def _templated(self, turns: list[tuple[str, str]], answer: str | None) -> str:
+        from jinja2.exceptions import SecurityError, TemplateError
+
+        turns = turns if answer is None else [*turns, ("assistant", answer)]
+        chat = [{"role": role, "content": content} for role, content in turns]
+        try:
+            text = self._tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=answer is None)
+        except SecurityError as error:
+            raise DataError(
+                f"{self._name}: the chat template does what no template may: {error}. Replace it."
+            ) from error
+        except TemplateError as error:
+            raise BadRow(Drop.TEMPLATE, str(error)) from error
+        return str(text)
+
+    def _mark(self, text: str) -> str:
+        return self._escape.sub(lambda found: f"{_OPEN}{self._number[found[0]]}{_CLOSE}", text)
+
+    def _encode(self, text: str) -> tuple[int, ...]:
+        """Tokenise a rendered text; marked spellings become ordinary tokens."""
+        ids: list[int] = []
+        for place, part in enumerate(_MARK.split(text)):  # text and the numbers of marks take turns
+            if part:
+                spelled = place % 2 == 1
+                encoded = self._tokenizer(
+                    self._marked[int(part)] if spelled else part,
+                    add_special_tokens=False,
+                    split_special_tokens=spelled,
+                    verbose=False,
+                )
+                ids.extend(encoded["input_ids"])
+        return tuple(ids)
+
+    def _unstable(self, prompt_text: str, full: str, source: str) -> str:
+        at = next((i for i, (a, b) in enumerate(zip(prompt_text, full, strict=False)) if a != b), len(prompt_text))
+        place = f"{source}: " if source else ""
+        return (
+            f"{place}the chat template of {self._name} is not prefix-stable at character {at}: the prompt goes on"
+            f" {prompt_text[at : at + 40]!r}, the same prompt with its completion {full[at : at + 40]!r}"
+            f" (ending {full[-40:]!r}). Expected the first to be the start of the second, and the end {self._tail!r}."
+            " Set a chat template that renders a turn the same way whatever follows it."
+        )
+
+
+def _plain(turns: list[tuple[str, str]], answer: str | None) -> str:
+    """Render without a chat template."""
+    if len(turns) == 1 and turns[0][0] == "user":
+        return turns[0][1] + (answer or "")
+    lines = [f"{role.capitalize()}: {content}" for role, content in turns]
+    text = "\n\n".join([*lines, "Assistant:"])
+    return text if answer is None else f"{text} {answer}"
+
+
+def _own_bos(tokenizer: "PreTrainedTokenizerBase") -> tuple[int, ...]:
+    """Return the BOS id where the tokenizer puts one in front of a text by itself."""
+    bos = _id(tokenizer.bos_token_id)
+    return (bos,) if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else ()
+
+
+def _id(value: object) -> int | None:
+    return value if isinstance(value, int) else None

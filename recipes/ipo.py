@@ -1,0 +1,21 @@
+"""IPO: a squared distance to a finite margin, on preference pairs. Runs as a script as well."""
+
+from dpo.data import DataConfig
+from dpo.run import ObjectiveConfig, Run, main
+from dpo.train import Optimiser
+
+
+def ipo(data: DataConfig) -> tuple[Run, ...]:
+    """One stage: IPO on mean log-ratios, tau 0.5: a target margin of 1 nat a token, which can be reached."""
+    return (
+        Run(
+            name="ipo",
+            data=data,
+            objective=ObjectiveConfig.model_validate({"name": "ipo", "tau": 0.5, "reduction": "mean"}),
+            optimiser=Optimiser(learning_rate=1e-4),
+        ),
+    )
+
+
+if __name__ == "__main__":
+    main(ipo)

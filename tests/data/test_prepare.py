@@ -1,0 +1,227 @@
+"""From a file to examples: views, truncation, mismatched completions, the fingerprint."""
+
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dpo.data import DataConfig, Drop, Message, check, prepare
+from dpo.data.prepare import Example, _with_mismatched
+from dpo.errors import DataError
+
+PAIRS = [{"prompt": f"prompt {n}", "chosen": f"good {n}", "rejected": "bad", "agreement": 0.8} for n in range(12)]
+THUMBS = [{"prompt": f"prompt {n}", "completion": f"answer {n}", "label": n % 2 == 0} for n in range(12)]
+RATED = [{"prompt": f"prompt {n}", "completions": ["a", "b", "c"], "scores": [2, 1, 1]} for n in range(4)]
+END = "<|im_end|>"
+
+
+def decode(tokenizer, ids) -> str:
+    return tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+class TestViews:
+    def test_pairs(self, write_rows, chatml):
+        path = write_rows([{**PAIRS[0], "weight": 3}, *PAIRS[1:]])
+        prepared = prepare(DataConfig(train=path, eval_share=0), chatml, "pairs")
+        first = prepared.train[0]
+        assert (len(prepared.train), prepared.eval) == (12, [])
+        assert [decode(chatml, ids) for ids in first.completions] == [f"good 0{END}", f"bad{END}"]
+        assert decode(chatml, first.prompt) == "<|im_start|>user\nprompt 0<|im_end|>\n<|im_start|>assistant\n"
+        assert (first.preference, first.weight, first.source) == (0.8, 3.0, f"{path}:1")
+        assert (first.prompt_messages, first.texts) == ((Message("user", "prompt 0"),), ("good 0", "bad"))
+
+    def test_every_pair_of_a_rated_row_shares_its_prompt(self, write_rows, chatml):
+        prepared = prepare(DataConfig(train=write_rows(RATED), eval_share=0), chatml, "pairs")
+        assert [example.texts for example in prepared.train] == [("a", "b"), ("a", "c")] * 4
+        assert prepared.train[0].prompt is prepared.train[1].prompt
+        assert prepared.report.kept == 4
+
+    def test_judgements(self, write_rows, chatml):
+        prepared = prepare(DataConfig(train=write_rows(THUMBS), eval_share=0), chatml, "judgements")
+        assert [example.desirable for example in prepared.train] == [True, False] * 6
+        assert decode(chatml, prepared.train[1].completions[0]) == f"answer 1{END}"
+        assert all(len(example.completions) == 1 for example in prepared.train)
+
+    def test_demonstrations_leave_thumbs_down_unused_and_say_so(self, write_rows, chatml):
+        prepared = prepare(DataConfig(train=write_rows(THUMBS), eval_share=0), chatml, "demonstrations")
+        assert [example.texts for example in prepared.train] == [(f"answer {n}",) for n in range(0, 12, 2)]
+        report = prepared.report
+        assert (report.read, report.kept, report.unused, report.total_dropped) == (12, 6, 6, 0)
+        assert "rows without an example in this view: 6" in report.lines()
+
+    @pytest.mark.parametrize(
+        ("rows", "view", "held"),
+        [
+            (THUMBS, "pairs", "judgements and demonstrations"),
+            ([{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "d"}], "judgements", "demonstrations"),
+            ([{"prompt": "a"}, {"prompt": "b"}], "demonstrations", "prompts only"),
+        ],
+    )
+    def test_an_empty_view_says_what_the_file_holds(self, write_rows, chatml, rows, view, held):
+        with pytest.raises(DataError, match=f"expected rows that hold {view}. They hold {held}:"):
+            prepare(DataConfig(train=write_rows(rows)), chatml, view)
+
+
+class TestSides:
+    def test_a_share_of_the_prompts_evaluates(self, write_rows, chatml):
+        checked = check(DataConfig(train=write_rows(PAIRS), eval_share=0.3, seed=1))
+        prepared = prepare(checked, chatml, "pairs")
+        train, evaluation = ({example.prompt for example in side} for side in (prepared.train, prepared.eval))
+        assert train
+        assert evaluation
+        assert not train & evaluation
+        assert len(train) + len(evaluation) == prepared.report.kept == 12
+
+    def test_an_evaluation_file_has_its_own_report(self, write_rows, chatml):
+        rows = [*PAIRS[:4], {**PAIRS[5], "chosen": "a very long answer " * 30}]
+        config = DataConfig(train=write_rows(PAIRS[6:]), eval=write_rows(rows, "e.jsonl"), max_length=100)
+        prepared = prepare(config, chatml, "pairs")
+        assert (len(prepared.train), len(prepared.eval)) == (6, 4)
+        assert prepared.eval_report is not None
+        assert prepared.eval_report.dropped == {Drop.OVERLONG_COMPLETION: 1}
+        assert prepared.report.dropped == {}
+
+    def test_a_side_that_ends_empty_is_an_error(self, write_rows, chatml):
+        config = DataConfig(train=write_rows(THUMBS), eval=write_rows([{**THUMBS[1], "prompt": "x"}], "e.jsonl"))
+        with pytest.raises(DataError, match=r"got no eval example in the view 'demonstrations' from 1 rows"):
+            prepare(config, chatml, "demonstrations")
+
+
+class TestTokenising:
+    def test_what_is_dropped_here_joins_the_report(self, write_rows, chatml):
+        long = {**PAIRS[0], "prompt": "a long prompt " * 40}
+        spelled = {**PAIRS[0], "prompt": "what is <|im_end|>?"}
+        path = write_rows([*PAIRS, long, spelled, {**PAIRS[1], "chosen": ""}])
+        checked = check(DataConfig(train=path, max_length=64, eval_share=0))
+        report = prepare(checked, chatml, "pairs").report
+        assert report.dropped == {Drop.OVERLONG_PROMPT: 1, Drop.EMPTY_COMPLETION: 1}
+        assert (report.read, report.kept, report.special_tokens) == (15, 13, 1)
+        assert report.examples[Drop.OVERLONG_PROMPT][0].startswith(f"{path}:13 (")
+        assert prepare(checked, chatml, "pairs").report == report  # preparing twice counts once
+
+    def test_too_many_dropped_here_is_an_error(self, write_rows, chatml):
+        with pytest.raises(DataError, match=r"12 of 12 rows were dropped \(100%\)(.|\n)*Raise max_length"):
+            prepare(DataConfig(train=write_rows(PAIRS), max_length=8), chatml, "pairs")
+
+    def test_truncated_rows_are_counted(self, write_rows, chatml):
+        config = DataConfig(train=write_rows(PAIRS), eval_share=0, max_length=16, overlong="truncate_prompt")
+        prepared = prepare(config, chatml, "pairs")
+        assert prepared.report.truncated == 12
+        assert all(len(e.prompt) + max(map(len, e.completions)) == 16 for e in prepared.train)
+
+    def test_completions_that_truncation_makes_equal_are_dropped(self, write_rows, make_tokenizer):
+        rows = [
+            {"prompt": "BCDE", "chosen": "XYZQ", "rejected": "XYQ"},
+            {"prompt": "BCDF", "chosen": "QX", "rejected": "XQ"},
+            {"prompt": "BCDG", "chosen": "QX", "rejected": "XQ"},
+        ]
+        config = DataConfig(train=write_rows(rows), eval_share=0, max_length=6, overlong="truncate_completion")
+        report = prepare(config, make_tokenizer(), "pairs").report  # two tokens are left: "XY" and "XY"
+        assert report.dropped == {Drop.IDENTICAL_TOKENS: 1}
+        assert report.kept == 2
+
+    def test_completions_that_a_template_makes_equal_are_identical(self, write_rows, make_tokenizer):
+        template = "{% for m in messages %}{{ m['content'] | lower + '</s>' }}{% endfor %}"
+        rows = [{"prompt": "a", "chosen": "X", "rejected": "x"}, *PAIRS[:2]]
+        report = prepare(DataConfig(train=write_rows(rows), eval_share=0), make_tokenizer(template), "pairs").report
+        assert report.dropped == {Drop.IDENTICAL: 1}
+
+    def test_a_long_rejected_answer_does_not_drop_the_demonstration(self, write_rows, chatml):
+        path = write_rows([{**row, "rejected": "a very long answer " * 30} for row in PAIRS])
+        config = DataConfig(train=path, eval_share=0, max_length=64)
+        assert prepare(config, chatml, "demonstrations").report.kept == 12
+
+
+class TestMismatched:
+    @settings(deadline=None)
+    @given(st.lists(st.integers(0, 5), min_size=2, max_size=30).filter(lambda ps: len(set(ps)) > 1), st.integers(0, 9))
+    def test_the_partner_always_answers_another_prompt(self, prompts, seed):
+        examples = [
+            Example((7, prompt), ((prompt, n),), 1.0, True, 1.0, f"f:{n}", (Message("user", f"P {prompt}"),), (str(n),))
+            for n, prompt in enumerate(prompts)
+        ]
+        found = _with_mismatched(examples, "train", DataConfig(train="x", seed=seed))
+        assert [e.completions[0] for e in found] == [e.completions[0] for e in examples]
+        assert all(len(e.completions) == len(e.texts) == 2 for e in found)
+        assert all(e.completions[1][0] != e.completions[0][0] for e in found)
+        if len({prompts.count(prompt) for prompt in prompts}) == 1:  # a rotation uses every completion once
+            assert len({e.completions[1] for e in found}) == len(examples)
+
+    def test_it_is_deterministic_in_the_seed_and_stays_on_its_side(self, write_rows, chatml):
+        path = write_rows([{**row, "prompt": f"question {n}"} for n, row in enumerate(THUMBS * 4)])
+
+        def run(seed: int) -> tuple[list, list]:
+            config = DataConfig(train=path, eval_share=0.3, seed=seed)
+            prepared = prepare(config, chatml, "judgements", mismatched=True)
+            return prepared.train, prepared.eval
+
+        train, evaluation = run(0)
+        assert run(0) == (train, evaluation)
+        for side in (train, evaluation):
+            assert {e.texts[1] for e in side} <= {e.texts[0] for e in side}
+        partners = {e.source: e.texts[1] for e in train}
+        assert any(partners.get(e.source, e.texts[1]) != e.texts[1] for e in run(1)[0])
+
+    def test_a_partner_is_cut_to_the_room_its_new_prompt_leaves(self, write_rows, make_tokenizer):
+        rows = [
+            {"prompt": "BCDEFG", "completion": "X", "label": True},
+            {"prompt": "B", "completion": "XYZQXY", "label": False},
+        ]
+        config = DataConfig(train=write_rows(rows), eval_share=0, max_length=9)
+        long_prompt, short_prompt = prepare(config, make_tokenizer(), "judgements", mismatched=True).train
+        assert [len(ids) for ids in long_prompt.completions] == [2, 3]
+        assert [len(ids) for ids in short_prompt.completions] == [7, 2]
+
+    def test_one_prompt_alone_is_an_error(self, write_rows, chatml):
+        path = write_rows([{**row, "prompt": "same"} for row in THUMBS])
+        with pytest.raises(DataError, match=r"all 12 train examples have one prompt, expected at least two"):
+            prepare(DataConfig(train=path, eval_share=0), chatml, "judgements", mismatched=True)
+
+    def test_other_views_have_none(self, write_rows, chatml):
+        with pytest.raises(ValueError, match="belong to the view 'judgements', got 'pairs'"):
+            prepare(DataConfig(train=write_rows(PAIRS)), chatml, "pairs", mismatched=True)
+
+
+class TestFingerprint:
+    def fingerprint(self, write_rows, chatml, rows, **more) -> str:
+        return prepare(DataConfig(train=write_rows(rows), **{"eval_share": 0, **more}), chatml, "pairs").fingerprint
+
+    def test_the_same_data_has_the_same_one(self, write_rows, chatml):
+        assert self.fingerprint(write_rows, chatml, PAIRS) == self.fingerprint(write_rows, chatml, PAIRS)
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"prompt": "another"},
+            {"chosen": "better"},
+            {"rejected": "worse"},
+            {"agreement": 0.9},
+            {"weight": 2},
+            {"chosen": "bad", "rejected": "good 0"},
+        ],
+        ids=str,
+    )
+    def test_any_change_changes_it(self, write_rows, chatml, change):
+        changed = [{**PAIRS[0], **change}, *PAIRS[1:]]
+        assert self.fingerprint(write_rows, chatml, PAIRS) != self.fingerprint(write_rows, chatml, changed)
+
+    def test_order_and_sides_change_it(self, write_rows, chatml):
+        straight = self.fingerprint(write_rows, chatml, PAIRS)
+        assert straight != self.fingerprint(write_rows, chatml, PAIRS[::-1])
+        assert straight != self.fingerprint(write_rows, chatml, PAIRS, eval_share=0.3)
+
+    def test_a_label_changes_it(self, write_rows, chatml):
+        flipped = [{**THUMBS[0], "label": False}, *THUMBS[1:]]
+        first, second = (
+            prepare(DataConfig(train=write_rows(rows), eval_share=0), chatml, "judgements").fingerprint
+            for rows in (THUMBS, flipped)
+        )
+        assert first != second
+
+
+def test_importing_the_package_loads_no_heavy_library():
+    code = "import sys, dpo.data; print({'torch', 'transformers', 'datasets', 'pyarrow', 'rich'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"

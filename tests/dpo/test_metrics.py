@@ -1,0 +1,387 @@
+"""The schema's laws, the ledger's bytes, and sinks that may fail without the run noticing."""
+
+import json
+import logging
+import math
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from dpo import metrics
+from dpo.errors import ConfigError, DataError, DPOError
+from dpo.metrics import METRICS, Ledger, Metric, Row, SafeSink, describe, read, redact, redact_text, sinks
+
+PROMISED = {
+    *(f"train/{name}" for name in ("loss", "learning_rate", "epoch", "global_step", "examples_seen", "tokens_seen")),
+    *(
+        f"{prefix}{name}"
+        for prefix in ("", "eval/")
+        for name in (
+            *("reward/chosen", "reward/rejected", "reward/margin", "reward/accuracy"),
+            *("logp/chosen", "logp/rejected", "length/chosen", "length/rejected", "kl/reference_point"),
+        )
+    ),
+    *("grad_norm", "kl/policy_reference", "eval/loss", "eval/gold_reward", "eval/length", "eval/win_rate"),
+}
+NOT_REPEATABLE = {"time/seconds", "time/step_seconds", "tokens_per_second", "memory/peak"}
+HF_SECRET = "hf_PlantedAbCdEfGhIjKlMnOpQrStUvWxYz12"
+SK_SECRET = "sk-planted-0123456789abcdef"
+HEX_SECRET = "0123456789abcdef0123456789abcdef01234567"
+
+
+def fill(ledger: Ledger, steps: range, seconds: float = 0.0) -> None:
+    for step in steps:
+        ledger.append(step, "train", {"train/loss": 1 / (step + 3), "time/seconds": seconds + step, "grad_norm": 0.1})
+        if step % 2 == 0:
+            ledger.append(step, "eval", {"eval/loss": math.nan if step == 4 else 0.5})
+
+
+# --- the schema ---
+
+
+def test_every_promised_name_is_defined_and_no_other() -> None:
+    assert set(METRICS) == PROMISED | NOT_REPEATABLE
+
+
+def test_every_metric_has_a_unit_and_an_estimator_of_its_own() -> None:
+    assert all(name == metric.name for name, metric in METRICS.items())
+    assert all(metric.unit and metric.estimator.endswith(".") for metric in METRICS.values())
+    estimators = [metric.estimator for metric in METRICS.values()]
+    assert len(set(estimators)) == len(estimators)
+
+
+def test_a_name_defined_twice_is_refused() -> None:
+    loss = Metric("train/loss", "nats", "Mean.")
+    with pytest.raises(AssertionError, match="train/loss"):
+        metrics._index((loss, loss))
+
+
+def test_only_clocks_and_memory_are_not_deterministic() -> None:
+    assert {name for name, metric in METRICS.items() if not metric.deterministic} == NOT_REPEATABLE
+
+
+def test_describe_names_unit_estimator_and_direction() -> None:
+    text = describe("reward/accuracy")
+    assert text.startswith("reward/accuracy [share, 0 to 1]: ")
+    assert "tie counting 1/2" in text
+    assert text.endswith("Higher is better.")
+    assert "better" not in describe("logp/chosen")
+    with pytest.raises(ValueError, match=r"Did you mean 'reward/margin'\?"):
+        describe("reward/margins")
+
+
+# --- the ledger ---
+
+
+def test_a_repeated_run_writes_the_same_bytes_though_its_clock_differs(tmp_path: Path) -> None:
+    for name, seconds in (("one", 0.0), ("two", 7.0)):
+        ledger = Ledger(tmp_path / name)
+        fill(ledger, range(6), seconds)
+        ledger.close()
+    one, two = ((tmp_path / name / "metrics.jsonl").read_bytes() for name in ("one", "two"))
+    assert one == two
+    assert b"seconds" not in one
+    clock = read(tmp_path / "two" / "performance.jsonl")
+    assert clock[3] == {"step": 3, "kind": "train", "time/seconds": 10.0}
+
+
+def test_the_order_in_which_values_are_given_does_not_reach_the_file(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        given = {"train/loss": 1.0, "grad_norm": 2.0, "reward/margin": 3.0}
+        Ledger(tmp_path / name).append(1, "train", given if name == "one" else dict(reversed(given.items())))
+    assert (tmp_path / "one/metrics.jsonl").read_bytes() == (tmp_path / "two/metrics.jsonl").read_bytes()
+
+
+def test_a_row_is_on_disk_as_soon_as_it_is_appended_and_is_returned_whole(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    row = ledger.append(1, "train", {"train/loss": 0.25, "time/seconds": 3.5, "train/examples_seen": 8})
+    expected = {"step": 1, "kind": "train", "train/loss": 0.25, "time/seconds": 3.5, "train/examples_seen": 8}
+    assert row == expected
+    kept = read(tmp_path / "metrics.jsonl")  # the ledger is still open
+    assert kept == [{"step": 1, "kind": "train", "train/examples_seen": 8, "train/loss": 0.25}]
+    assert isinstance(kept[0]["train/examples_seen"], int)
+
+
+@pytest.mark.parametrize("step", [-1, 0, 3, 4, 5, 9])
+def test_rewound_and_run_again_the_ledger_is_that_of_an_unbroken_run(tmp_path: Path, step: int) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    ledger = Ledger(whole)
+    fill(ledger, range(8))
+    ledger.close()
+    fill(Ledger(broken), range(6))
+    for file in ("metrics.jsonl", "performance.jsonl"):
+        with (broken / file).open("ab") as torn:
+            torn.write(b'{"step": 6, "kind": "tra')
+    ledger = Ledger(broken)
+    ledger.rewind(step)
+    assert all(row["step"] <= step for row in read(broken / "metrics.jsonl"))
+    fill(ledger, range(min(step, 5) + 1, 8))
+    ledger.close()
+    for file in ("metrics.jsonl", "performance.jsonl"):
+        assert (broken / file).read_bytes() == (whole / file).read_bytes()
+
+
+def test_a_half_written_last_line_is_not_read_and_not_glued_to_the_next_row(tmp_path: Path) -> None:
+    fill(Ledger(tmp_path), range(2))
+    with (tmp_path / "metrics.jsonl").open("ab") as torn:
+        torn.write(b'{"step": 2, "kind"')
+    assert [row["step"] for row in read(tmp_path / "metrics.jsonl")] == [0, 0, 1]
+    Ledger(tmp_path).append(2, "train", {"train/loss": 1.0})
+    assert [row["step"] for row in read(tmp_path / "metrics.jsonl")] == [0, 0, 1, 2]
+
+
+def test_a_damaged_line_in_the_middle_is_an_error_that_names_it(tmp_path: Path) -> None:
+    fill(Ledger(tmp_path), range(3))
+    file = tmp_path / "metrics.jsonl"
+    lines = file.read_bytes().splitlines(keepends=True)
+    for bad in (b'{"step": 0, \n', b'{"kind": "train"}\n', b"[1]\n", b'{"step":0,"kind":"train","grad_norm":"x"}\n'):
+        file.write_bytes(lines[0] + bad + lines[2])
+        for action in (read, lambda path: Ledger(path.parent)):
+            with pytest.raises(DataError, match=r"metrics\.jsonl:2: got .*expected one JSON row"):
+                action(file)
+
+
+def test_numbers_that_are_not_finite_are_strict_json_and_read_back_as_numbers(tmp_path: Path) -> None:
+    Ledger(tmp_path).append(0, "train", {"train/loss": math.nan, "grad_norm": math.inf, "logp/chosen": -math.inf})
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    text = (tmp_path / "metrics.jsonl").read_text()
+    row = json.loads(text, parse_constant=refuse)
+    assert (row["train/loss"], row["grad_norm"], row["logp/chosen"]) == ("nan", "inf", "-inf")
+    (row,) = read(tmp_path / "metrics.jsonl")
+    assert math.isnan(float(row["train/loss"]))
+    assert (row["grad_norm"], row["logp/chosen"]) == (math.inf, -math.inf)
+
+
+def test_an_unknown_name_is_refused_with_the_nearest_and_nothing_is_written(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    with pytest.raises(ValueError, match=r"'rewards/margin' is not defined.*Did you mean 'reward/margin'\?"):
+        ledger.append(0, "train", {"train/loss": 1.0, "rewards/margin": 1.0})
+    assert read(tmp_path / "metrics.jsonl") == []
+    ledger.append(0, "train", {"custom/entropy": 1.0})
+    assert read(tmp_path / "metrics.jsonl")[0]["custom/entropy"] == 1.0
+    with pytest.raises(ValueError, match="custom/"):
+        ledger.append(0, "train", {"custom/": 1.0})
+
+
+def test_steps_never_go_back_also_after_the_ledger_is_opened_again(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    fill(ledger, range(4))
+    for reopened in (ledger, Ledger(tmp_path)):
+        with pytest.raises(ValueError, match=r"step 2.*expected .* at step 3 or later.*Rewind"):
+            reopened.append(2, "train", {"train/loss": 1.0})
+    with pytest.raises(ValueError, match="kind 'test'"):
+        ledger.append(5, "test", {"train/loss": 1.0})  # pyright: ignore[reportArgumentType]
+
+
+def test_sync_forces_both_files_to_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ledger = Ledger(tmp_path)
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.fstat(descriptor).st_ino))
+    ledger.sync()
+    assert sorted(synced) == sorted((tmp_path / name).stat().st_ino for name in ("metrics.jsonl", "performance.jsonl"))
+
+
+def test_a_full_disk_is_an_error_with_place_and_fix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    ledger = Ledger(tmp_path)
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(DPOError, match=r"cannot write the ledger: .*No space left.* MiB are free.*Free some space"):
+        ledger.sync()
+    (tmp_path / "file").touch()
+    with pytest.raises(DPOError, match="cannot write the ledger"):
+        Ledger(tmp_path / "file" / "run")
+
+
+# --- redaction ---
+
+
+def test_redact_hides_by_key_and_by_value_at_every_depth_and_keeps_the_rest() -> None:
+    config = {
+        "model": {"name": "a/b", "hf_token": "anything", "revision": "main", "tokenizer": "a/b", "max_tokens": 512},
+        "notes": f"see https://user:{HF_SECRET}@host and {SK_SECRET}",
+        "list": [HEX_SECRET, {"API-Key": 12345, "Password": "x", "client_secret": ("y",)}],
+        "add_special_tokens": True,
+        "eos_token": None,
+        "digest": HEX_SECRET + "89abcdef" * 3,  # 64 digits, a sha256: no key
+        "task-list": "disk-cached rows",
+        "path": Path("runs") / SK_SECRET,
+        "rate": 1e-6,
+    }
+    assert redact(config) == {
+        "model": {"name": "a/b", "hf_token": "[redacted]", "revision": "main", "tokenizer": "a/b", "max_tokens": 512},
+        "notes": "see https://user:[redacted]@host and [redacted]",
+        "list": ["[redacted]", {"API-Key": "[redacted]", "Password": "[redacted]", "client_secret": "[redacted]"}],
+        "add_special_tokens": True,
+        "eos_token": None,
+        "digest": HEX_SECRET + "89abcdef" * 3,
+        "task-list": "disk-cached rows",
+        "path": "runs/[redacted]",
+        "rate": 1e-6,
+    }
+    assert redact({"tokens": "abc", "token": 1}) == {"tokens": "[redacted]", "token": "[redacted]"}
+    assert redact_text(f"x {HEX_SECRET.upper()} y") == "x [redacted] y"
+
+
+# --- sinks ---
+
+
+class Flaky:
+    """Fails from its nth row on; closing it may fail as well."""
+
+    def __init__(self, fail_at: int = 10**9, fail_on_close: bool = False) -> None:
+        self.fail_at, self.fail_on_close = fail_at, fail_on_close
+        self.rows: list[Row] = []
+        self.closed = 0
+
+    def log(self, row: Row) -> None:
+        if len(self.rows) + 1 >= self.fail_at:
+            raise ConnectionError(f"no route to host, key {HF_SECRET}")
+        self.rows.append(row)
+
+    def finish(self, summary: Mapping[str, int | float | str]) -> None:
+        self.closed += 1
+        if self.fail_on_close:
+            raise ConnectionError("still no route")
+
+
+@pytest.mark.parametrize("fail_on_close", [False, True])
+def test_a_sink_that_raises_is_reported_once_and_closed_and_the_ledger_is_complete(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, fail_on_close: bool
+) -> None:
+    flaky = Flaky(fail_at=3, fail_on_close=fail_on_close)
+    sink, ledger = SafeSink("flaky", lambda: flaky), Ledger(tmp_path)
+    with caplog.at_level(logging.WARNING):
+        for step in range(5):
+            sink.log(ledger.append(step, "train", {"train/loss": 1.0}))
+        sink.finish({})
+    assert len(read(tmp_path / "metrics.jsonl")) == 5
+    assert (len(flaky.rows), flaky.closed) == (2, 1)
+    (record,) = caplog.records
+    assert "flaky failed" in record.getMessage()
+    assert "no route to host, key [redacted]" in record.getMessage()
+
+
+def test_a_sink_that_cannot_be_built_is_reported_and_ignored(caplog: pytest.LogCaptureFixture) -> None:
+    def build() -> Flaky:
+        raise RuntimeError("no key")
+
+    sink = SafeSink("flaky", build)
+    sink.log({"step": 1, "kind": "train"})
+    sink.finish({})
+    assert len(caplog.records) == 1
+
+
+def test_an_interrupt_passes_through_a_sink() -> None:
+    class Interrupted(Flaky):
+        def log(self, row: Row) -> None:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        SafeSink("interrupted", Interrupted).log({"step": 1, "kind": "train"})
+
+
+def test_a_working_sink_gets_every_row_and_the_summary() -> None:
+    inner = Flaky()
+    sink = SafeSink("inner", lambda: inner)
+    sink.log({"step": 1, "kind": "train"})
+    sink.finish({"eval/win_rate": 0.5})
+    assert (inner.rows, inner.closed) == ([{"step": 1, "kind": "train"}], 1)
+
+
+def build(report_to: list[str], folder: Path, **changes: object) -> tuple[metrics.Sink, ...]:
+    arguments = {"folder": folder, "project": "p", "name": "n", "group": "g", "tags": ["dpo", "seed0"], "config": {}}
+    return sinks(report_to, **(arguments | changes))  # pyright: ignore[reportArgumentType]
+
+
+def test_sinks_are_chosen_by_closed_names(tmp_path: Path) -> None:
+    assert build(["none"], tmp_path) == build([], tmp_path) == ()
+    with pytest.raises(ConfigError, match=r"report_to: got 'wandbb', expected some of wandb, none\. Did you mean 'wan"):
+        build(["none", "wandbb"], tmp_path)
+
+
+def test_wandb_is_offline_without_a_key_and_online_with_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    assert metrics._wandb_mode() == "offline"
+    (tmp_path / "netrc").write_text("not a netrc file")
+    assert metrics._wandb_mode() == "offline"
+    (tmp_path / "netrc").write_text(f"machine api.wandb.ai login user password {HEX_SECRET}\n")
+    assert metrics._wandb_mode() == "online"
+    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org/")
+    assert metrics._wandb_mode() == "offline"
+    monkeypatch.setenv("WANDB_API_KEY", HEX_SECRET)
+    assert metrics._wandb_mode() == "online"
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert metrics._wandb_mode() == "disabled"
+
+
+@pytest.mark.network  # wandb's own service process listens on a socket of this machine
+@pytest.mark.enable_socket
+def test_an_offline_wandb_run_holds_rows_axes_and_config_but_no_secret(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("HF_TOKEN", HF_SECRET)
+    monkeypatch.setattr(sys, "argv", [*sys.argv, f"--token={SK_SECRET}"])
+    config = {
+        "objective": {"kind": "dpo", "beta": 0.1},
+        "hf_token": "plain-planted",
+        "notes": f"{HF_SECRET} {HEX_SECRET}",
+    }
+    dice = random.getstate()
+    (sink,) = build(["wandb"], tmp_path / "out", config=config, tags=["dpo", f"key {SK_SECRET}"])
+    ledger = Ledger(tmp_path / "out")
+    for step, win_rate in ((10, 0.25), (20, 0.75), (20, 0.5)):
+        sink.log(ledger.append(step, "train", {"train/loss": 1 / step, "train/examples_seen": 8 * step}))
+        sink.log(ledger.append(step, "eval", {"eval/win_rate": win_rate, "eval/loss": math.nan}))
+    sink.finish({"train/tokens_seen": 4096, "api_key": "plain-planted"})
+    ledger.close()
+    assert random.getstate() == dice  # a sink draws nothing from the run's random numbers
+    assert not [record for record in caplog.records if record.name == "dpo.metrics"], caplog.text
+
+    (run,) = (tmp_path / "out" / "wandb").glob("offline-run-*")
+    command = ["wandb", "leet", "inspect", "--json", str(run)]
+    program = [sys.executable, "-m", *command]
+    shown = subprocess.run(program, capture_output=True, text=True, check=True, timeout=60)
+    records = [json.loads(line) for line in shown.stdout.splitlines()]
+    of_kind = {kind: [one[kind] for one in records if one["type"] == kind] for kind in ("run", "history", "metric")}
+
+    rows = [{key: value for key, value in one["item"].items() if key[0] != "_"} for one in of_kind["history"]]
+    assert len(rows) == 6
+    assert rows[0] == {"train/loss": 0.1, "train/examples_seen": 80, "train/global_step": 10}
+    assert rows[3] == {"eval/win_rate": 0.75, "eval/loss": "NaN", "train/global_step": 20}
+
+    defined = {one.get("name") or one["glob_name"]: one for one in of_kind["metric"]}
+    assert defined["*"]["step_metric"] == "train/global_step"
+    assert all("step_metric" not in defined[axis] for axis in metrics.AXES)
+    assert defined["eval/win_rate"]["summary"] == {"last": True, "max": True}
+    assert defined["eval/loss"]["summary"] == {"last": True, "min": True}
+
+    (header,) = (one for one in of_kind["run"] if "project" in one)
+    assert (header["project"], header["run_group"], header["display_name"]) == ("p", "g", "n")
+    assert header["tags"] == ["dpo", "key [redacted]"]
+    kept = {key: value for key, value in header["config"]["update"].items() if key != "_wandb"}
+    assert kept == {
+        "objective": {"kind": "dpo", "beta": 0.1},
+        "hf_token": "[redacted]",
+        "notes": "[redacted] [redacted]",
+    }
+
+    written = [file for file in (tmp_path / "out").rglob("*") if file.is_file()]
+    assert len(written) >= 4
+    for file in written:
+        data = file.read_bytes()
+        for secret in (HF_SECRET, SK_SECRET, HEX_SECRET, "plain-planted"):
+            assert secret.encode() not in data, f"{secret} is in {file.relative_to(tmp_path)}"

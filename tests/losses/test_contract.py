@@ -1,0 +1,420 @@
+"""Every objective obeys the laws, and every law catches an objective that breaks it."""
+
+import inspect
+import math
+import re
+import subprocess
+import sys
+from dataclasses import dataclass, fields, replace
+from itertools import combinations
+from typing import final
+
+import pytest
+import torch
+from torch.nn.functional import logsigmoid
+
+from dpo.losses import DemonstrationObjective, JudgementObjective, Objective, PairObjective, find, names
+from dpo.losses import testing as laws
+from dpo.losses.objective import require_number, require_one_of
+from dpo.types import JudgementLogps, LossOutput, PairLogps
+
+DEFAULTS = [find(name)() for name in names()]
+VARIANTS = [
+    find("dpo")(beta=2.5),
+    find("ipo")(reduction="sum", tau=0.5),
+    find("kto")(desirable_weight=13.3, undesirable_weight=0.5),
+    find("sft")(reduction="sum"),
+]
+
+
+@pytest.mark.parametrize("law", laws.LAWS, ids=lambda law: law.__name__)
+@pytest.mark.parametrize("objective", DEFAULTS + VARIANTS, ids=repr)
+def test_law_holds(objective: Objective, law):
+    law(objective)
+
+
+@pytest.mark.parametrize("objective", DEFAULTS + VARIANTS, ids=repr)
+def test_strided_columns_of_a_large_batch_give_the_same_losses(objective: Objective):
+    logps = laws.example_batch(objective, size=257)
+    columns = {f.name: column for f in fields(logps) if (column := getattr(logps, f.name)) is not None}
+    strided = replace(logps, **{name: torch.stack([column, column], 1)[:, 0] for name, column in columns.items()})
+    torch.testing.assert_close(objective(strided).losses, objective(logps).losses)
+
+
+def test_two_objectives_give_different_gradients():
+    by_view: dict[str, list[Objective]] = {}
+    for objective in DEFAULTS + VARIANTS:
+        by_view.setdefault(objective.view, []).append(objective)
+    for same_view in by_view.values():
+        for one, other in combinations(same_view, 2):
+            # Scaled to unit length: two losses that differ by a factor only would train alike under Adam.
+            first, second = (_direction(o, laws.example_batch(one, size=16)) for o in (one, other))
+            assert not torch.allclose(first, second, atol=1e-3), f"{one!r} and {other!r} train the same"
+
+
+def _direction(objective: Objective, logps) -> torch.Tensor:
+    gradient = torch.cat(list(laws.policy_gradients(objective, logps).values()))
+    return gradient / gradient.norm()
+
+
+# Broken on purpose. `Sound` obeys every law; each class after it departs from it in the one thing its name says.
+
+
+def _output(losses: torch.Tensor, rewards: torch.Tensor, **changes) -> LossOutput:
+    sound = LossOutput(loss=losses.mean(), losses=losses, rewards=rewards.detach(), metrics={})
+    return replace(sound, **changes)
+
+
+def _parts(logps: PairLogps, *, detach_reference: bool = True) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """z, weight, preference."""
+    chosen, rejected = logps.reference_chosen, logps.reference_rejected
+    if detach_reference:
+        chosen, rejected = chosen.detach(), rejected.detach()
+    z = 0.1 * ((logps.policy_chosen - chosen) - (logps.policy_rejected - rejected))
+    ones = torch.ones_like(z)
+    weight, preference = logps.weight, logps.preference
+    return z, ones if weight is None else weight, ones if preference is None else preference
+
+
+def _logistic(z, preference):
+    return -preference * logsigmoid(z) - (1 - preference) * logsigmoid(-z)
+
+
+def _rewards(z):
+    return torch.stack([z, torch.zeros_like(z)], 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Sample(PairObjective):
+    """A base for the broken ones. Paper: nowhere, eq. 0."""
+
+    needs_reference = True
+    paper = "nowhere, eq. 0"
+
+
+def broken(law, **attributes):
+    """Make a final frozen objective of a `__call__` and name the law that it breaks (None: it breaks none)."""
+
+    def make(call):
+        doc = f"{call.__name__}. Paper: nowhere, eq. 0."
+        body = {"__call__": call, "__doc__": doc, **attributes}
+        made = final(dataclass(frozen=True, kw_only=True)(type(call.__name__, (_Sample,), body)))
+        return pytest.param(made(), law, id=call.__name__)
+
+    return make
+
+
+@broken(None)
+def Sound(self, logps):
+    z, weight, preference = _parts(logps)
+    return _output(weight * _logistic(z, preference), _rewards(z))
+
+
+@broken(laws.leaves_the_reference_alone)
+def GradientIntoTheReference(self, logps):
+    z, weight, preference = _parts(logps, detach_reference=False)
+    return _output(weight * _logistic(z, preference), _rewards(z))
+
+
+@broken(laws.is_finite_mean)
+def LogOfSigmoid(self, logps):
+    z, weight, preference = _parts(logps)
+    losses = torch.where(preference == 1, -torch.log(torch.sigmoid(z)), _logistic(z, preference))
+    return _output(weight * losses, _rewards(z))
+
+
+@broken(laws.is_finite_mean)
+def SumInsteadOfMean(self, logps):
+    z, weight, preference = _parts(logps)
+    losses = weight * _logistic(z, preference)
+    return _output(losses, _rewards(z), loss=losses.sum())
+
+
+@broken(laws.is_finite_mean)
+def OneLossForTheBatch(self, logps):
+    z, weight, preference = _parts(logps)
+    return _output((weight * _logistic(z, preference)).mean()[None], _rewards(z))
+
+
+@broken(laws.honours_weights)
+def IgnoresWeights(self, logps):
+    z, _, preference = _parts(logps)
+    return _output(_logistic(z, preference), _rewards(z))
+
+
+@broken(laws.honours_weights)
+def DividesByTheWeights(self, logps):
+    z, weight, preference = _parts(logps)
+    return _output(weight / weight.mean() * _logistic(z, preference), _rewards(z))
+
+
+@broken(laws.honours_soft_labels)
+def IgnoresPreference(self, logps):
+    z, weight, _ = _parts(logps)
+    return _output(-weight * logsigmoid(z), _rewards(z))
+
+
+@broken(laws.honours_soft_labels)
+def SmoothsCertainLabels(self, logps):
+    z, weight, preference = _parts(logps)
+    smoothed = 0.9 if logps.preference is None else preference
+    return _output(weight * _logistic(z, smoothed), _rewards(z))
+
+
+@broken(None)
+def RefusesSoftLabels(self, logps):
+    if logps.preference is not None:
+        raise ValueError("RefusesSoftLabels takes certain labels only")
+    z, weight, _ = _parts(logps)
+    return _output(-weight * logsigmoid(z), _rewards(z))
+
+
+@broken(laws.pulls_the_right_way)
+def WrongSign(self, logps):
+    z, weight, preference = _parts(logps)
+    return _output(weight * _logistic(-z, preference), _rewards(z))
+
+
+@broken(laws.pulls_the_right_way)
+def ForgetsTheRejected(self, logps):
+    z, weight, preference = _parts(replace(logps, policy_rejected=logps.policy_rejected.detach()))
+    return _output(weight * _logistic(z, preference), _rewards(z))
+
+
+@broken(laws.has_detached_metrics)
+def AttachedMetric(self, logps):
+    z, weight, preference = _parts(logps)
+    return _output(weight * _logistic(z, preference), _rewards(z), metrics={"reward/margin": z.mean()})
+
+
+@broken(laws.has_detached_metrics)
+def BadlyNamedMetric(self, logps):
+    z, weight, preference = _parts(logps)
+    return _output(weight * _logistic(z, preference), _rewards(z), metrics={"Margin": z.detach().mean()})
+
+
+@broken(laws.has_detached_metrics)
+def InfiniteMetric(self, logps):
+    z, weight, preference = _parts(logps)
+    return _output(weight * _logistic(z, preference), _rewards(z), metrics={"a/b": z.new_tensor(math.inf)})
+
+
+@broken(laws.has_detached_metrics)
+def AttachedRewards(self, logps):
+    z, weight, preference = _parts(logps)
+    return replace(_output(weight * _logistic(z, preference), _rewards(z)), rewards=_rewards(z))
+
+
+@broken(laws.leaves_inputs_unchanged)
+def WritesToItsInput(self, logps):
+    z, weight, preference = _parts(logps)
+    logps.reference_chosen.data.add_(1e-3)
+    return _output(weight * _logistic(z, preference), _rewards(z))
+
+
+@broken(laws.keeps_the_precision)
+def RoundsToFloat32(self, logps):
+    z, weight, preference = _parts(logps)
+    return _output((weight * _logistic(z, preference)).float(), _rewards(z))
+
+
+@broken(laws.averages_over_examples)
+def DependsOnTheOrder(self, logps):
+    z, weight, preference = _parts(logps)
+    return _output(weight * _logistic(z + torch.linspace(0, 1e-3, len(z)), preference), _rewards(z))
+
+
+@broken(laws.averages_over_examples)
+def DependsOnTheBatchSize(self, logps):
+    z, weight, preference = _parts(logps)
+    return _output(weight * _logistic(z, preference) / len(z), _rewards(z))
+
+
+@broken(laws.accumulates_exactly)
+def TokenMean(self, logps):
+    z, weight, preference = _parts(logps)
+    tokens = (logps.chosen_length + logps.rejected_length).to(z.dtype)
+    share = tokens / tokens.mean()
+    return _output(weight * share * _logistic(z, preference), _rewards(z))
+
+
+@broken(None, batch_coupled=True)
+def TokenMeanThatSaysSo(self, logps):
+    z, weight, preference = _parts(logps)
+    tokens = (logps.chosen_length + logps.rejected_length).to(z.dtype)
+    share = tokens / tokens.mean()
+    return _output(weight * share * _logistic(z, preference), _rewards(z))
+
+
+@broken(laws.is_declared, paper="somewhere else")
+def CitesAnotherPaper(self, logps):
+    z, weight, preference = _parts(logps)
+    return _output(weight * _logistic(z, preference), _rewards(z))
+
+
+SAMPLES = [value for value in list(globals().values()) if isinstance(value, type(pytest.param()))]
+
+
+@pytest.mark.parametrize(("objective", "law"), SAMPLES)
+def test_battery_finds_what_is_broken(objective: Objective, law):
+    if law is None:
+        laws.check(objective)
+        return
+    with pytest.raises(AssertionError, match=type(objective).__name__):
+        laws.check(objective)
+    with pytest.raises(AssertionError):
+        law(objective)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NotFinal(_Sample):
+    """Paper: nowhere, eq. 0."""
+
+    __call__ = SAMPLES[0].values[0].__call__
+
+
+@final
+@dataclass
+class NotFrozen(PairObjective):
+    """Paper: nowhere, eq. 0."""
+
+    needs_reference = True
+    paper = "nowhere, eq. 0"
+    __call__ = SAMPLES[0].values[0].__call__
+
+
+@final
+@dataclass(frozen=True)
+class Positional(_Sample):
+    """Paper: nowhere, eq. 0."""
+
+    beta: float = 0.1
+    __call__ = SAMPLES[0].values[0].__call__
+
+
+@final
+class NotADataclass(_Sample):
+    """Paper: nowhere, eq. 0."""
+
+    __call__ = SAMPLES[0].values[0].__call__
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (NotFinal, "@final"),
+        (NotFrozen, "frozen"),
+        (Positional, "keyword-only"),
+        (NotADataclass, "must be a dataclass"),
+    ],
+)
+def test_battery_finds_a_bad_declaration(kind: type[Objective], message: str):
+    with pytest.raises(AssertionError, match=message):
+        laws.check(kind())
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class LeakyReferencePoint(JudgementObjective):
+    """KTO whose reference point carries a gradient. Paper: nowhere, eq. 0."""
+
+    needs_reference = True
+    needs_mismatched = True
+    batch_coupled = True
+    paper = "nowhere, eq. 0"
+
+    def __call__(self, logps: JudgementLogps) -> LossOutput:
+        point = (logps.policy_mismatched - logps.reference_mismatched.detach()).mean().clamp(min=0)
+        gain = logps.policy - logps.reference.detach() - point
+        losses = torch.where(logps.desirable, torch.sigmoid(-gain), torch.sigmoid(gain))
+        return _output(losses if logps.weight is None else logps.weight * losses, gain)
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class PunishesTheDemonstration(DemonstrationObjective):
+    """Likelihood with the wrong sign. Paper: nowhere, eq. 0."""
+
+    needs_reference = False
+    paper = "nowhere, eq. 0"
+
+    def __call__(self, logps: JudgementLogps) -> LossOutput:
+        losses = logps.policy if logps.weight is None else logps.weight * logps.policy
+        return _output(losses, logps.policy)
+
+
+def test_battery_finds_broken_objectives_of_the_other_views():
+    with pytest.raises(AssertionError, match="policy_mismatched must get no gradient"):
+        laws.check(LeakyReferencePoint())
+    with pytest.raises(AssertionError, match="must have the signs"):
+        laws.check(PunishesTheDemonstration())
+
+
+def test_no_law_is_left_out_of_the_battery():
+    functions = {f for name, f in vars(laws).items() if inspect.isfunction(f) and not name.startswith("_")}
+    takes_an_objective = {f for f in functions if list(inspect.signature(f).parameters) == ["objective"]}
+    assert takes_an_objective - {laws.check} == set(laws.LAWS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Free(_Sample):
+    value: object = 0.1
+    __call__ = SAMPLES[0].values[0].__call__
+
+
+@pytest.mark.parametrize(
+    ("value", "bounds", "message"),
+    [
+        (0, {"above": 0}, "_Free.value must be > 0, got 0"),
+        (-0.5, {"at_least": 0}, "_Free.value must be >= 0, got -0.5"),
+        (0.5, {"at_least": 0, "below": 0.5}, "_Free.value must be >= 0 and < 0.5, got 0.5"),
+        (1.5, {"above": 0, "at_most": 1}, "_Free.value must be > 0 and <= 1, got 1.5"),
+        (True, {"above": 0}, "_Free.value must be a finite number > 0, got True"),
+        ("0.1", {"above": 0}, "_Free.value must be a finite number > 0, got '0.1'"),
+        (None, {}, "_Free.value must be a finite number, got None"),
+        (math.nan, {"above": 0}, "_Free.value must be a finite number > 0, got nan"),
+        (math.inf, {"above": 0}, "_Free.value must be a finite number > 0, got inf"),
+    ],
+)
+def test_bad_number_is_refused(value, bounds, message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        require_number(_Free(value=value), "value", **bounds)
+
+
+@pytest.mark.parametrize(
+    ("value", "bounds"),
+    [(1, {"above": 0}), (0, {"at_least": 0}), (1, {"at_most": 1}), (-3.5, {}), (0.49, {"below": 0.5})],
+)
+def test_good_number_is_kept(value, bounds):
+    require_number(_Free(value=value), "value", **bounds)
+
+
+def test_option_outside_the_list_is_refused():
+    require_one_of(_Free(value="sum"), "value", ("mean", "sum"))
+    with pytest.raises(ValueError, match=r"^_Free\.value must be 'mean' or 'sum', got 'max'"):
+        require_one_of(_Free(value="max"), "value", ("mean", "sum"))
+
+
+PLAIN_INTERPRETER = """
+from dataclasses import fields
+from dpo.losses import find, names
+tried = 0
+for name in names():
+    for field in fields(find(name)):
+        for value in (True, "x", None, float("nan"), float("inf")):
+            try:
+                find(name)(**{field.name: value})
+            except ValueError as error:
+                assert str(error).startswith(f"{find(name).__name__}.{field.name} must be "), error
+                tried += 1
+            else:
+                raise AssertionError(f"{name}.{field.name} = {value!r} was accepted")
+print(tried)
+"""
+
+
+def test_no_objective_takes_a_hyper_parameter_of_a_wrong_type():
+    # In a plain interpreter: under the test run's checked annotations the type error would come before ours.
+    done = subprocess.run([sys.executable, "-c", PLAIN_INTERPRETER], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) >= 5 * 7
