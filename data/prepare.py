@@ -33,7 +33,7 @@ class DataConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     train: str = Field(min_length=1)
-    """A file (.jsonl, .json, .csv, each also .gz; .parquet), or `owner/name[:split]` of a hub data set."""
+    """A file (.jsonl, .json, .csv, .txt, each also .gz; .parquet), or `owner/name[:split]` of a hub data set."""
     eval: str | None = None
     """A second such source to evaluate on; training rows with one of its prompts are dropped."""
     eval_share: float = Field(0.05, ge=0, lt=1)

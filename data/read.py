@@ -35,7 +35,9 @@ class Row:
 
 
 def read(path_or_name: str, limit: int | None = None) -> Iterator[Row]:
-    """Yield the rows of a file (.jsonl, .json, .csv, also with .gz; .parquet) or of a hub data set.
+    """Yield the rows of a file (.jsonl, .json, .csv, .txt, also with .gz; .parquet) or of a hub data set.
+
+    A text file holds one prompt a line.
 
     Args:
         path_or_name: a file, or `owner/name` or `owner/name:split` for a hub data set (split "train" by default) where
@@ -63,7 +65,7 @@ def _open(path_or_name: str) -> Iterator[Row]:
         if reader is None:
             raise DataError(
                 f"{path}: got the ending {path.suffix!r}, expected one of {', '.join(_READERS)} (.gz may follow the"
-                " first four). Convert the file to JSON Lines."
+                " first five). Convert the file to JSON Lines."
             )
         return reader(path)
     hub = _HUB_NAME.fullmatch(path_or_name)
@@ -114,6 +116,13 @@ def _lines(path: Path) -> Iterator[str]:
                 f"{path}:{number}:{column}: got the byte 0x{raw[error.start]:02x}, expected UTF-8 text."
                 " Save the file as UTF-8."
             ) from error
+
+
+def _prompts(path: Path) -> Iterator[Row]:
+    """Yield one prompt a line."""
+    for number, line in enumerate(_lines(path), start=1):
+        if text := line.strip():
+            yield Row({"prompt": text}, f"{path}:{number}")
 
 
 # --- JSON -----------------------------------------------------------------------------------------------------------
@@ -280,5 +289,6 @@ _READERS: Mapping[str, Callable[[Path], Iterator[Row]]] = {
     ".ndjson": _json_lines,
     ".json": _json,
     ".csv": _csv,
+    ".txt": _prompts,
     ".parquet": _parquet,
 }

@@ -1,1 +1,61 @@
-"""dpo-lab: one preference dataset, any objective, one base model on one GPU, and an honest comparison."""
+"""dpo-lab: one preference dataset, any objective, one base model on one GPU, and an honest comparison.
+
+The names below are imported on first use: `import dpo` costs nothing, `from dpo import Run` what it needs.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from dpo.errors import CheckpointError, ConfigError, DataError, DPOError, ModelError, TrainingError
+
+if TYPE_CHECKING:
+    from dpo.data import DataConfig, Preference
+    from dpo.losses import Objective
+    from dpo.model.base import ModelConfig
+    from dpo.run import Result, evaluate_run, execute
+    from dpo.settings import ObjectiveConfig, Run, plan, read_run
+    from dpo.train import Loop, Optimiser
+    from dpo.types import JudgementLogps, LossOutput, PairLogps
+
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "DPOError",
+    "DataConfig",
+    "DataError",
+    "JudgementLogps",
+    "Loop",
+    "LossOutput",
+    "ModelConfig",
+    "ModelError",
+    "Objective",
+    "ObjectiveConfig",
+    "Optimiser",
+    "PairLogps",
+    "Preference",
+    "Result",
+    "Run",
+    "TrainingError",
+    "evaluate_run",
+    "execute",
+    "plan",
+    "read_run",
+]
+
+_ROOMS = {
+    "dpo.data": ("DataConfig", "Preference"),
+    "dpo.losses": ("Objective",),
+    "dpo.model.base": ("ModelConfig",),
+    "dpo.run": ("Result", "evaluate_run", "execute"),
+    "dpo.settings": ("ObjectiveConfig", "Run", "plan", "read_run"),
+    "dpo.train": ("Loop", "Optimiser"),
+    "dpo.types": ("JudgementLogps", "LossOutput", "PairLogps"),
+}
+_PLACE = {name: room for room, names in _ROOMS.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name on first use."""
+    if name not in _PLACE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_PLACE[name]), name)

@@ -5,17 +5,19 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from pydantic import ValidationError
-
-from dpo.errors import ConfigError
 
 app = typer.Typer(
     help="Align a language model on one GPU: one preference dataset, any objective, an honest comparison.",
+    epilog="Example: dpo train dpo data.train=prefs.jsonl (dpo quickstart needs nothing at all)",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-data_app = typer.Typer(help="Look at a preference dataset before it trains.", no_args_is_help=True)
+data_app = typer.Typer(
+    help="Look at a preference dataset before it trains.",
+    epilog="Example: dpo data check prefs.jsonl",
+    no_args_is_help=True,
+)
 app.add_typer(data_app, name="data")
 
 OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
@@ -34,7 +36,8 @@ def train_command(
 ) -> None:
     """Train a recipe or a run file, with key=value (or --key=value) overrides. Run again, it goes on."""
     from dpo import recipes
-    from dpo.run import execute, plan, read_overrides, read_run, show, speaking
+    from dpo.run import execute, show, speaking
+    from dpo.settings import plan, read_overrides, read_run
 
     with speaking(debug):
         overrides = read_overrides(context.args)
@@ -54,7 +57,8 @@ def evaluate(
     debug: Debug = False,
 ) -> None:
     """Measure a finished run again: held-out pair accuracy, and KL, length and gold reward of its own samples."""
-    from dpo.run import evaluate_run, read_overrides, show, speaking
+    from dpo.run import evaluate_run, show, speaking
+    from dpo.settings import read_overrides
 
     with speaking(debug):
         show(evaluate_run(folder, read_overrides(context.args)))
@@ -67,10 +71,13 @@ def data_check(
     debug: Debug = False,
 ) -> None:
     """Say what a dataset holds, which rows would be dropped and why. No model is loaded."""
+    from pydantic import ValidationError
     from rich.console import Console
 
     from dpo.data import DataConfig, check
-    from dpo.run import explained, read_overrides, speaking
+    from dpo.errors import ConfigError
+    from dpo.run import speaking
+    from dpo.settings import explained, read_overrides
 
     with speaking(debug):
         try:
@@ -83,7 +90,9 @@ def data_check(
 @app.command(epilog="Example: dpo quickstart --fast")
 def quickstart(
     fast: Annotated[bool, typer.Option("--fast", help="About 2 minutes on 2 CPU cores instead of about 10.")] = False,
-    output: Annotated[Path, typer.Option(help="Folder for the runs.")] = Path("runs/quickstart"),
+    output: Annotated[
+        Path | None, typer.Option(help="Folder for the runs (default: runs/quickstart, or runs/quickstart-fast).")
+    ] = None,
     debug: Debug = False,
 ) -> None:
     """Train a real 135M model with DPO, IPO and KTO on the same preferences, and compare what each achieved."""
@@ -91,7 +100,7 @@ def quickstart(
     from dpo.run import speaking
 
     with speaking(debug):
-        go(fast=fast, output=output)
+        go(fast=fast, output=output or Path("runs") / ("quickstart-fast" if fast else "quickstart"))
 
 
 def main() -> None:

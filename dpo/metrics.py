@@ -7,7 +7,8 @@ what it does not (seconds, bytes). Sinks such as Weights & Biases are copies: on
 In the estimators below, "the step's batch" is every example of one optimiser step, all its micro-batches together,
 scored by the policy as it was BEFORE that step's update; "the evaluation set" is every held-out example, scored without
 dropout. A mean over examples gives each example the same weight. For judgements (KTO) read "desirable" for chosen and
-"undesirable" for rejected: a mean is then over the examples with that label, and is absent where there are none.
+"undesirable" for rejected: a mean is then over the examples with that label, and is absent where there are none; over
+several micro-batches it is the mean of their values, weighted by their examples.
 Log-probs are sums over completion tokens, in nats, and lengths are counted in completion tokens, EOS included.
 """
 
@@ -184,7 +185,7 @@ METRICS: Mapping[str, Metric] = _index(
         Metric(
             "memory/peak",
             "bytes",
-            "Most accelerator memory the tensors held since the process began; on a CPU, the process's resident peak.",
+            "Most bytes tensors held on the GPU since the run began; on a CPU, the whole process's resident peak since then.",
             deterministic=False,
             better="lower",
         ),

@@ -9,14 +9,13 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, final
 
 import torch
-from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, Field
 from tqdm.auto import tqdm
 
@@ -24,7 +23,7 @@ from dpo import checkpoint
 from dpo.data import Example
 from dpo.errors import TrainingError
 from dpo.losses import Objective
-from dpo.metrics import Ledger, Row, Sink
+from dpo.metrics import Ledger, Sink
 from dpo.model.base import LanguageModel
 from dpo.model.reference import ReferenceLogps
 from dpo.model.views import concatenate, keys, largest_drift, tokens, view
@@ -35,6 +34,12 @@ log = logging.getLogger("dpo")
 MAX_SKIPPED = 3
 """Optimiser steps in a row without a finite gradient before the run stops."""
 
+POLICY = "policy"
+"""Folder of the weights in a checkpoint, apart from the optimizer's tensors."""
+
+SECONDS_BETWEEN_LINES = 30
+"""Where there is no terminal for a progress bar, a line of the log says so often how far the run is."""
+
 
 class Optimiser(BaseModel):
     """How the trained parameters move."""
@@ -43,16 +48,16 @@ class Optimiser(BaseModel):
 
     name: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "rmsprop"] = "adamw"
     """The 8-bit ones are bitsandbytes'."""
-    learning_rate: Annotated[float, Field(gt=0)] = 2e-4
+    learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 2e-4
     """Peak rate."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     """Decoupled weight decay."""
     lr_scheduler_type: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
-    """Shape of the rate after warm-up."""
+    """Shape of the rate after warm-up: it falls towards 0, or stays."""
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    """Share of the optimiser steps in which the rate rises from 0."""
+    """Share of the optimiser steps in which the rate rises to its peak."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
-    """The gradient is scaled down to this Euclidean norm."""
+    """The gradient is scaled down to this Euclidean norm (.inf: never)."""
 
 
 class Loop(BaseModel):
@@ -76,7 +81,7 @@ class Loop(BaseModel):
     """Write a checkpoint every so many optimiser steps, and always after the last."""
     save_total_limit: Annotated[int, Field(ge=1)] = 2
     """Checkpoints to keep."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Of the adapter's start, the order of examples and dropout."""
 
 
@@ -99,8 +104,23 @@ class Plan:
         """Return the examples of optimiser step `step` (from 0): a seeded order, drawn anew for every epoch."""
         epoch, within = divmod(step, math.ceil(self.examples / self.batch))
         generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-        order = torch.randperm(self.examples, generator=generator).tolist()
-        return order[within * self.batch : (within + 1) * self.batch]
+        order = torch.randperm(self.examples, generator=generator)
+        return order[within * self.batch : (within + 1) * self.batch].tolist()
+
+
+def learning_rate(settings: Optimiser, step: int, steps: int) -> float:
+    """Return the rate of optimiser step `step` (from 0) of `steps`.
+
+    A warm-up of w steps takes the shares 1/(w+1), ..., w/(w+1) of the peak, the step after it the peak, and a falling
+    shape reaches 0 one step behind the last. The schedulers in common use give the first step a rate of 0: a whole
+    batch is computed and nothing learned, in a run of 30 steps as much as 3 % of it.
+    """
+    warmup = min(round(settings.warmup_ratio * steps), steps - 1)
+    if step < warmup:
+        return settings.learning_rate * (step + 1) / (warmup + 1)
+    passed = (step - warmup) / (steps - warmup)
+    shapes = {"cosine": (1 + math.cos(math.pi * passed)) / 2, "linear": 1 - passed, "constant_with_warmup": 1.0}
+    return settings.learning_rate * shapes[settings.lr_scheduler_type]
 
 
 @dataclass
@@ -113,6 +133,8 @@ class Progress:
     seconds: float = 0.0
     skipped: int = 0
     """Optimiser steps without an update, because loss or gradient were not finite."""
+    skipped_in_a_row: int = 0
+    """Of these, the ones that the last step ended with."""
 
 
 @dataclass(frozen=True)
@@ -122,24 +144,6 @@ class Outcome:
     progress: Progress
     evaluated: LossInput | None
     """The log-probs of all held-out examples at the end, or None without any."""
-
-
-@contextmanager
-def only_process(folder: Path) -> Iterator[None]:
-    """Hold `folder` for this process.
-
-    Raises:
-        TrainingError: another process trains there. A killed one holds nothing.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock", blocking=False)
-    try:
-        with lock:
-            yield
-    except Timeout as error:
-        raise TrainingError(
-            f"{folder}: another process is training there. Wait for it, or give another folder with output.dir=."
-        ) from error
 
 
 def train(
@@ -192,91 +196,96 @@ class _Run:
         plan: Plan,
     ) -> None:
         from accelerate import Accelerator
-        from transformers import get_scheduler
 
         self.model, self.reference, self.objective = model, reference, objective
-        self.loop, self.plan, self.folder, self.identity = loop, plan, folder, identity
-        self.max_grad_norm = optimiser.max_grad_norm
+        self.settings, self.loop, self.plan = optimiser, loop, plan
+        self.folder, self.identity = folder, identity
         self.checkpoints = folder / "checkpoints"
         self.accelerator = Accelerator(
             cpu=model.device.type == "cpu", mixed_precision="fp16" if model.dtype == torch.float16 else "no"
         )
         self.optimizer = self.accelerator.prepare(_build_optimizer(optimiser, model.parameters()))
-        self.scheduler = get_scheduler(
-            optimiser.lr_scheduler_type,
-            self.optimizer.optimizer,
-            num_warmup_steps=math.ceil(optimiser.warmup_ratio * plan.steps),
-            num_training_steps=plan.steps,
-        )
         self.progress = Progress()
 
     def go(self, train_examples: Sequence[Example], eval_examples: Sequence[Example], sinks: Sequence[Sink]) -> Outcome:
-        ledger = Ledger(self.folder)
-        if self.objective.needs_reference:
-            self.reference.prepare(keys([*train_examples, *eval_examples]), progress=True)
-        self._resume()
-        ledger.rewind(self.progress.step if self.progress.step else -1)
-        if self.progress.step == 0 and self.objective.needs_reference:
-            self._check_start(train_examples)
-        started = time.monotonic() - self.progress.seconds
-        evaluated, skipped_in_a_row = None, 0
-
-        def report(kind: Literal["train", "eval"], values: Mapping[str, float]) -> None:
-            self.progress.seconds = time.monotonic() - started
-            row = ledger.append(self.progress.step, kind, {**values, **self._axes()})
-            _show(row, sinks)
-
-        with tqdm(
-            total=self.plan.steps,
-            initial=self.progress.step,
-            desc=type(self.objective).__name__,
-            unit="step",
-            disable=None,
-        ) as bar:
-            while self.progress.step < self.plan.steps:
-                began = time.monotonic()
-                batch = [train_examples[i] for i in self.plan.indices(self.progress.step, self.loop.seed)]
-                values, updated = self._step(batch)
-                seconds = time.monotonic() - began
-                self.progress.step += 1
-                self.progress.examples_seen += len(batch)
-                self.progress.tokens_seen += tokens(batch)
-                self.progress.skipped += not updated
-                skipped_in_a_row = 0 if updated else skipped_in_a_row + 1
-                values["train/epoch"] = self.progress.examples_seen / self.plan.examples
-                values["time/step_seconds"] = seconds
-                values["tokens_per_second"] = tokens(batch) / seconds
-                values["memory/peak"] = peak_memory(self.model.device)
-                report("train", values)
-                bar.set_postfix(
-                    loss=f"{values['train/loss']:.4f}", margin=f"{values.get('reward/margin', math.nan):.3f}"
-                )
-                bar.update()
-                if skipped_in_a_row >= MAX_SKIPPED:
-                    ledger.close()
-                    raise TrainingError(
-                        f"{self.folder}: loss or gradient were not finite in {MAX_SKIPPED} optimiser steps in a row up "
-                        f"to step {self.progress.step}; none of them changed the weights. The last batch was "
-                        f"{', '.join(example.source for example in batch[:4])}, ... Lower optimiser.learning_rate, use "
-                        "model.dtype=bfloat16 or float32, or look at these rows."
-                    )
-                last = self.progress.step == self.plan.steps
-                if eval_examples and (
-                    last or (self.loop.eval_steps and self.progress.step % self.loop.eval_steps == 0)
-                ):
-                    evaluated = score(self.model, self.reference, self.objective, eval_examples, self._eval_batch)
-                    report("eval", eval_metrics(self.objective(evaluated)))
-                if last or self.progress.step % self.loop.save_steps == 0:
-                    ledger.sync()  # every row of a step is on disk before its checkpoint
-                    self._save()
-        ledger.close()
-        if eval_examples and evaluated is None:  # resumed behind the last evaluation
-            evaluated = score(self.model, self.reference, self.objective, eval_examples, self._eval_batch)
+        with closing(Ledger(self.folder)) as ledger:
+            self._resume()
+            ledger.rewind(self.progress.step)
+            if self.objective.needs_reference:
+                # All that the WHOLE run reads, also after a resume: values depend in their last bits on what was
+                # scored together, and a resumed run must find the same ones.
+                read = sorted({i for step in range(self.plan.steps) for i in self.plan.indices(step, self.loop.seed)})
+                self.reference.prepare(keys([*(train_examples[i] for i in read), *eval_examples]), progress=True)
+            if self.progress.step == 0 and self.objective.needs_reference:
+                self._check_start(train_examples)
+            evaluated = self._advance(train_examples, eval_examples, ledger, sinks)
+        if evaluated is None and eval_examples:  # resumed behind the last evaluation
+            evaluated = self._score(eval_examples)
         return Outcome(self.progress, evaluated)
 
-    @property
-    def _eval_batch(self) -> int:
-        return self.loop.per_device_eval_batch_size
+    def _advance(
+        self,
+        train_examples: Sequence[Example],
+        eval_examples: Sequence[Example],
+        ledger: Ledger,
+        sinks: Sequence[Sink],
+    ) -> LossInput | None:
+        """Do the steps that are left; return the log-probs of the last evaluation, if there was one."""
+        progress, evaluated = self.progress, None
+        started = time.monotonic() - progress.seconds
+
+        def report(kind: Literal["train", "eval"], values: Mapping[str, float]) -> None:
+            progress.seconds = time.monotonic() - started
+            row = ledger.append(progress.step, kind, {**values, **self._axes()})
+            for sink in sinks:
+                sink.log(row)
+
+        with closing(_Voice(type(self.objective).__name__, progress.step, self.plan.steps)) as voice:
+            while progress.step < self.plan.steps:
+                batch = [train_examples[i] for i in self.plan.indices(progress.step, self.loop.seed)]
+                values = self._timed_step(batch)
+                report("train", values)
+                voice.say(progress.step, values)
+                self._stop_if_stuck(batch)
+                last = progress.step == self.plan.steps
+                if eval_examples and (last or _every(self.loop.eval_steps, progress.step)):
+                    evaluated = self._score(eval_examples)
+                    report("eval", eval_metrics(self.objective(evaluated)))
+                if last or _every(self.loop.save_steps, progress.step):
+                    ledger.sync()  # every row of a step is on disk before its checkpoint
+                    self._save()
+        return evaluated
+
+    def _timed_step(self, batch: Sequence[Example]) -> dict[str, float]:
+        """Do one optimiser step and count it; return its metrics."""
+        began = time.monotonic()
+        values, updated = self._step(batch)
+        seconds = time.monotonic() - began
+        self.progress.step += 1
+        self.progress.examples_seen += len(batch)
+        self.progress.tokens_seen += tokens(batch)
+        self.progress.skipped += not updated
+        self.progress.skipped_in_a_row = 0 if updated else self.progress.skipped_in_a_row + 1
+        return values | {
+            "train/epoch": self.progress.examples_seen / self.plan.examples,
+            "time/step_seconds": seconds,
+            "tokens_per_second": tokens(batch) / seconds,
+            "memory/peak": peak_memory(self.model.device),
+        }
+
+    def _stop_if_stuck(self, batch: Sequence[Example]) -> None:
+        if self.progress.skipped_in_a_row < MAX_SKIPPED:
+            return
+        rows = ", ".join(example.source for example in batch[:4])
+        raise TrainingError(
+            f"{self.folder}: loss or gradient were not finite in {MAX_SKIPPED} optimiser steps in a row, up to step "
+            f"{self.progress.step}; none of them changed the weights. The last batch held {rows}"
+            f"{', ...' if len(batch) > 4 else ''}. Look at these rows, lower optimiser.learning_rate, or use "
+            "model.dtype=bfloat16 or float32."
+        )
+
+    def _score(self, examples: Sequence[Example]) -> LossInput:
+        return score(self.model, self.reference, self.objective, examples, self.loop.per_device_eval_batch_size)
 
     def _axes(self) -> dict[str, float]:
         return {
@@ -287,7 +296,10 @@ class _Run:
         }
 
     def _step(self, batch: Sequence[Example]) -> tuple[dict[str, float], bool]:
-        """Do one optimiser step; return its metrics and whether the weights moved."""
+        """Do one optimiser step; return its metrics and whether its numbers were finite."""
+        rate = learning_rate(self.settings, self.progress.step, self.plan.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
         size = self.loop.per_device_train_batch_size
         values: dict[str, float] = {}
         shares: dict[str, float] = {}
@@ -301,20 +313,19 @@ class _Run:
                 values[name] = values.get(name, 0.0) + share * value.item()
                 shares[name] = shares.get(name, 0.0) + share
         values = {name: value / shares[name] for name, value in values.items()}
-        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.settings.max_grad_norm)
         values["grad_norm"] = math.nan if norm is None else float(norm)
-        values["train/learning_rate"] = float(self.scheduler.get_last_lr()[0])
+        values["train/learning_rate"] = rate
         scaled = self.accelerator.scaler is not None  # float16: an overflow lowers the scale, and is no fault
-        updated = scaled or (math.isfinite(values["grad_norm"]) and math.isfinite(values["train/loss"]))
-        if updated:
+        finite = math.isfinite(values["train/loss"]) and (scaled or math.isfinite(values["grad_norm"]))
+        if finite or scaled:  # with a scaler, step is what lowers the scale; it leaves the weights by itself
             self.optimizer.step()
-        else:
+        if not finite:
             log.warning(
                 "step %d: loss %s, gradient norm %s: no update", self.progress.step + 1, values["train/loss"], norm
             )
         self.optimizer.zero_grad()
-        self.scheduler.step()
-        return values, updated and math.isfinite(values["train/loss"])
+        return values, finite
 
     def _check_start(self, examples: Sequence[Example]) -> None:
         """Refuse a policy that is not its reference before the first update: every objective would start wrong."""
@@ -336,18 +347,22 @@ class _Run:
     def _save(self) -> None:
         optimizer, layout = checkpoint.optimizer_tensors(self.optimizer.optimizer)
         state: dict[str, Any] = {
-            "progress": vars(self.progress),
+            "progress": asdict(self.progress),
             "identity": dict(self.identity),
             "optimizer": layout,
-            "scheduler": self.scheduler.state_dict(),
             "scaler": None if self.accelerator.scaler is None else self.accelerator.scaler.state_dict(),
         }
+
+        def save_policy(folder: Path) -> None:
+            (folder / POLICY).mkdir()
+            self.model.save(folder / POLICY)
+
         checkpoint.save(
             self.checkpoints,
             self.progress.step,
             tensors={"optimizer": optimizer, "random": checkpoint.rng_tensors(self.model.device)},
             state=state,
-            files=self.model.save,
+            files=save_policy,
             keep=self.loop.save_total_limit,
         )
 
@@ -364,9 +379,8 @@ class _Run:
                 f"{point.path}: this checkpoint belongs to a run with other {' and '.join(different)}. Give the "
                 "settings and data it was started with, or another folder with output.dir=."
             )
-        self.model.restore(point.path)
+        self.model.restore(point.path / POLICY)
         checkpoint.restore_optimizer(self.optimizer.optimizer, point.tensors("optimizer"), state["optimizer"])
-        self.scheduler.load_state_dict(dict(state["scheduler"]))
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(dict(state["scaler"]))
         checkpoint.restore_rng(point.tensors("random"), self.model.device)
@@ -401,11 +415,22 @@ def eval_metrics(out: LossOutput) -> dict[str, float]:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Return the most bytes held so far: by tensors on an accelerator, by the process on a CPU."""
+    """Return the most bytes held since the last reset: by tensors on CUDA, by the whole process elsewhere."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024  # bytes there, kibibytes elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Begin a new peak, where the system can: on CUDA and on Linux; elsewhere the peak is the whole process's."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif (clear := Path("/proc/self/clear_refs")).exists():
+        try:
+            clear.write_text("5")  # proc(5): resets the process's resident peak
+        except OSError as error:
+            log.debug("the resident peak cannot be reset: %s", error)
 
 
 def _build_optimizer(settings: Optimiser, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
@@ -419,6 +444,31 @@ def _build_optimizer(settings: Optimiser, parameters: list[torch.nn.Parameter]) 
     return {"adamw_8bit": AdamW8bit, "paged_adamw_8bit": PagedAdamW8bit}[settings.name](parameters, **common)
 
 
-def _show(row: Row, sinks: Sequence[Sink]) -> None:
-    for sink in sinks:
-        sink.log(row)
+def _every(steps: int | None, step: int) -> bool:
+    return steps is not None and step % steps == 0
+
+
+@final
+class _Voice:
+    """Says how far the run is: with a bar on a terminal, else with a line of the log now and then."""
+
+    def __init__(self, name: str, done: int, total: int) -> None:
+        self._bar = tqdm(total=total, initial=done, desc=name, unit="step", disable=None)
+        self._name, self._done, self._total = name, done, total
+        self._began = self._spoke = time.monotonic()
+
+    def say(self, step: int, values: Mapping[str, float]) -> None:
+        loss, margin = values["train/loss"], values.get("reward/margin", math.nan)
+        if not self._bar.disable:
+            self._bar.set_postfix(loss=f"{loss:.4f}", margin=f"{margin:.3f}")
+            self._bar.update()
+        elif (now := time.monotonic()) - self._spoke >= SECONDS_BETWEEN_LINES:
+            self._spoke = now
+            left = (now - self._began) / (step - self._done) * (self._total - step)
+            log.info(
+                "%s: step %d of %d, loss %.4f, margin %.3f, about %.0f s left",
+                self._name, step, self._total, loss, margin, left,
+            )  # fmt: skip
+
+    def close(self) -> None:
+        self._bar.close()

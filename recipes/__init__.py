@@ -11,7 +11,7 @@ import pkgutil
 from importlib import import_module
 
 from dpo.errors import ConfigError, nearest
-from dpo.run import Recipe
+from dpo.settings import Recipe
 
 
 def names() -> tuple[str, ...]:

@@ -12,7 +12,8 @@ if __name__ == "dpo":
     import_module("dpo")
 
 from dpo.data import DataConfig
-from dpo.run import ObjectiveConfig, Run, main
+from dpo.run import main
+from dpo.settings import ObjectiveConfig, Run
 from dpo.train import Optimiser
 
 

@@ -1,7 +1,8 @@
 """IPO: a squared distance to a finite margin, on preference pairs. Runs as a script as well."""
 
 from dpo.data import DataConfig
-from dpo.run import ObjectiveConfig, Run, main
+from dpo.run import main
+from dpo.settings import ObjectiveConfig, Run
 from dpo.train import Optimiser
 
 

@@ -1,7 +1,8 @@
 """KTO: single completions, each judged desirable or not. Runs as a script as well."""
 
 from dpo.data import DataConfig
-from dpo.run import ObjectiveConfig, Run, main
+from dpo.run import main
+from dpo.settings import ObjectiveConfig, Run
 from dpo.train import Loop, Optimiser
 
 

@@ -2,7 +2,8 @@
 
 from dpo.data import DataConfig
 from dpo.model.base import ModelConfig
-from dpo.run import PREVIOUS, ObjectiveConfig, Run, main
+from dpo.run import main
+from dpo.settings import PREVIOUS, ObjectiveConfig, Run
 from dpo.train import Optimiser
 
 

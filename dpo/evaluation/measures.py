@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import final
 
 import numpy as np
 from scipy import stats
@@ -11,6 +12,7 @@ LEVEL = 0.95
 """Confidence of every interval."""
 
 
+@final
 @dataclass(frozen=True)
 class Estimate:
     """A mean and its 95 % interval."""

@@ -4,8 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-
-import torch
+from typing import final
 
 from dpo.errors import ConfigError, ModelError
 from dpo.evaluation.measures import Estimate, mean
@@ -18,6 +17,7 @@ Reward = Callable[[str, str], float]
 """Maps (prompt, completion), both plain text, to a finite number; higher is better."""
 
 
+@final
 @dataclass(frozen=True)
 class Spoken:
     """Samples of one role on the evaluation prompts, and what was measured on them."""
@@ -77,13 +77,12 @@ def speak(
 def log_ratios(model: LanguageModel, samples: Sequence[Sample], batch_size: int = 16) -> list[float]:
     """Return log policy - log reference of each sample, summed over its tokens, in nats."""
     ratios: list[float] = []
-    model.training(False)
     for start in range(0, len(samples), batch_size):
         groups = [Group(one.prompt, [one.completion]) for one in samples[start : start + batch_size]]
-        forest = Forest.padded(groups, model.tokenizer.pad_token_id or 0).to(model.device)
+        forest = Forest.padded(groups, model.pad_id).to(model.device)
         scored = {}
         for role in ("policy", "reference"):
-            with model.role(role) as network, torch.no_grad():
+            with model.reading(role) as network:
                 scored[role] = completion_logps(network, forest).sums
         ratios += (scored["policy"] - scored["reference"]).tolist()
     return ratios

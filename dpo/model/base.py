@@ -5,17 +5,19 @@ from an adapter, a frozen copy of that adapter; with full-weight training it is 
 """
 
 import copy
+import json
 import logging
-import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, final
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 
 from dpo.errors import ModelError
 from dpo.model.embedded import EMBEDDED, fetch_embedded
@@ -26,6 +28,7 @@ log = logging.getLogger("dpo")
 Role = Literal["policy", "reference"]
 
 
+@final
 class LoRA(BaseModel):
     """The adapter's shape. Only initialisations that leave the base as it is are offered.
 
@@ -51,6 +54,7 @@ class LoRA(BaseModel):
     """Decompose the weight into magnitude and direction (DoRA, arXiv:2402.09353)."""
 
 
+@final
 class ModelConfig(BaseModel):
     """Which model, how it is held, and what is trained on it."""
 
@@ -114,9 +118,10 @@ def choose_dtype(wanted: str, device: torch.device) -> torch.dtype:
     return torch.float32
 
 
-@dataclass
+@final
+@dataclass(frozen=True, eq=False)
 class Base:
-    """A frozen network and its tokenizer: loaded once, shared by every run and stage."""
+    """A frozen network and its tokenizer: loaded once, shared by every run and stage; equal to itself alone."""
 
     network: Any
     tokenizer: Any
@@ -183,7 +188,7 @@ def _from_pretrained(loader: Any, chosen: ModelConfig, **kwargs: Any) -> Any:
     place = str(fetch_embedded()) if chosen.name == EMBEDDED else chosen.name
     try:
         return loader.from_pretrained(place, revision=chosen.revision, trust_remote_code=False, **kwargs)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise ModelError(
             f"model.name={chosen.name!r}: {loader.__name__} could not load it ({_first_line(error)}). Expected a local "
             f"folder in transformers' format, a hub id that this machine can reach, or {EMBEDDED!r}."
@@ -194,6 +199,7 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+@final
 class LanguageModel:
     """A base with the policy on it, and the reference the policy is held against.
 
@@ -224,6 +230,7 @@ class LanguageModel:
         self._reference = reference  # the frozen copy, with full weights
         self._adapters = adapters
         self._role: Role = "policy"
+        self._checkpointing = False
 
     @classmethod
     def start(cls, base: Base, config: ModelConfig, seed: int) -> "LanguageModel":
@@ -235,20 +242,27 @@ class LanguageModel:
         from transformers import set_seed
 
         set_seed(seed)
-        if config.gradient_checkpointing:
-            base.network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-            base.network.enable_input_require_grads()
         if config.lora is None:
             reference = copy.deepcopy(base.network)
             base.network.requires_grad_(True)
-            return cls(base, None, reference, frozenset(), "a frozen copy of the starting weights")
-        wrapped, adapters, says = _adapt(base, config, config.lora)
-        elsewhere = config.adapter is not None and config.reference == "base"
-        model = cls(base, wrapped, None, adapters, says, starts_at_reference=not elsewhere)
-        for name, parameter in wrapped.named_parameters():
-            parameter.requires_grad_(".policy." in name)
+            model = cls(base, None, reference, frozenset(), "a frozen copy of the starting weights")
+        else:
+            wrapped, adapters, says = _adapt(base, config, config.lora)
+            elsewhere = config.adapter is not None and config.reference == "base"
+            model = cls(base, wrapped, None, adapters, says, starts_at_reference=not elsewhere)
+            for name, parameter in wrapped.named_parameters():
+                parameter.requires_grad_(".policy." in name)
+        if config.gradient_checkpointing:
+            # After PEFT has wrapped: it would hang a second hook on the embeddings, which nothing removes again.
+            base.network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model._checkpointing = True
         model._switch("policy")
         return model
+
+    @property
+    def pad_id(self) -> int:
+        """The token that fills rows; always masked, so any does where the tokenizer names none."""
+        return self.tokenizer.pad_token_id or 0
 
     def _switch(self, role: Role) -> None:
         """Turn adapters without touching requires_grad: PEFT's own set_adapter flips it on every adapter."""
@@ -276,6 +290,17 @@ class LanguageModel:
         finally:
             self._switch(before)
 
+    @contextmanager
+    def reading(self, role: Role) -> Iterator[Any]:
+        """Stand in `role` without dropout and without gradients; yields the network, its mode as before afterwards."""
+        with self.role(role) as network, torch.no_grad():
+            was_training = network.training
+            network.eval()
+            try:
+                yield network
+            finally:
+                network.train(was_training)
+
     def training(self, mode: bool = True) -> None:
         """Turn adapter dropout (and gradient checkpointing, which needs training mode) on or off."""
         self.network.train(mode)
@@ -290,7 +315,6 @@ class LanguageModel:
             self.network.save_pretrained(folder)
             return
         from peft import get_peft_model_state_dict
-        from safetensors.torch import save_file
 
         state = get_peft_model_state_dict(self._wrapped, adapter_name="policy", save_embedding_layers=False)
         save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, folder / "adapter_model.safetensors")
@@ -305,20 +329,12 @@ class LanguageModel:
         Raises:
             ModelError: where the files do not fit this model.
         """
-        from safetensors.torch import load_file
-
-        if self._wrapped is None:
-            files = sorted(folder.glob("*.safetensors"))
-            state = {k: v for file in files for k, v in load_file(file).items()}
-            missing, unexpected = self.network.load_state_dict(state, strict=False)
-            missing = [key for key in missing if key not in (self.network._tied_weights_keys or ())]
-        else:
-            missing, unexpected = _load_adapter(self._wrapped, folder, "policy")
-        if missing or unexpected:
-            raise ModelError(
-                f"{folder}: the weights do not fit this model (missing {missing[:3]}, unexpected {unexpected[:3]}). "
-                "Expected what this run's own model wrote; use the settings of its run.yaml."
-            )
+        if self._wrapped is not None:
+            _load_adapter(self._wrapped, folder, "policy")
+            return
+        state = {k: v for file in sorted(folder.glob("*.safetensors")) for k, v in load_file(file).items()}
+        tied = self.network._tied_weights_keys or ()
+        _load_fitting(folder, lambda: self.network.load_state_dict(state, strict=False), lambda key: key not in tied)
 
     def release(self) -> Base:
         """Take the policy off and return the base as it was loaded.
@@ -328,17 +344,21 @@ class LanguageModel:
         """
         if self._wrapped is None:
             raise ModelError("The base was trained itself (model.lora is null): load it again for the next run.")
-        self.base.network = self._wrapped.unload()
-        self.base.network.requires_grad_(False)
-        self.base.network.eval()
+        self._wrapped.unload()
+        if self._checkpointing:
+            self.network.gradient_checkpointing_disable()
+            self.network.disable_input_require_grads()
+        self.network.requires_grad_(False)
+        self.network.eval()
         return self.base
 
 
 def _adapt(base: Base, config: ModelConfig, lora: LoRA) -> tuple[Any, frozenset[str], str]:
     """Inject the adapters; return the PEFT model, their names, and what the reference is."""
-    from peft import LoraConfig, PeftModel, get_peft_model
+    from peft import LoraConfig, get_peft_model
 
-    if config.adapter is None:
+    folder = None if config.adapter is None else check_adapter(config.adapter)
+    if folder is None:
         inits: dict[str, Any] = {"default": True}
         settings = LoraConfig(
             r=lora.r,
@@ -350,37 +370,39 @@ def _adapt(base: Base, config: ModelConfig, lora: LoRA) -> tuple[Any, frozenset[
             use_dora=lora.dora,
             task_type="CAUSAL_LM",
         )
-        try:
-            wrapped = get_peft_model(base.network, settings, adapter_name="policy")
-        except ImportError as error:  # Colab ships a torchao that PEFT refuses
-            raise ModelError(f"{_first_line(error)}. Run `pip uninstall -y torchao` and start again.") from error
+    else:
+        settings = LoraConfig.from_pretrained(str(folder))
+        settings.inference_mode = False
+        settings.base_model_name_or_path = base.network.name_or_path  # PEFT warns where it was written elsewhere
+    try:
+        wrapped = get_peft_model(base.network, settings, adapter_name="policy")
+    except ImportError as error:  # Colab ships a torchao that PEFT refuses
+        raise ModelError(f"{_first_line(error)}. Run `pip uninstall -y torchao` and start again.") from error
+    except ValueError as error:
+        key = "model.lora" if folder is None else f"model.adapter={config.adapter!r}"
+        raise ModelError(f"{key}: {base.name} cannot carry this adapter ({_first_line(error)}).") from error
+    if folder is None:
         return wrapped, frozenset({"policy"}), f"the base model {base.name} with adapters off"
-    folder = check_adapter(config.adapter)
-    wrapped = PeftModel.from_pretrained(base.network, str(folder), adapter_name="policy", is_trainable=True)
-    names = {"policy"}
-    if config.reference == "start":
-        wrapped.add_adapter("reference", wrapped.peft_config["policy"])
-        names.add("reference")
-    for name in names:
-        missing, unexpected = _load_adapter(wrapped, folder, name)
-        if missing or unexpected:
-            raise ModelError(
-                f"model.adapter={config.adapter!r}: its weights do not fit {base.name} (missing {missing[:3]}, "
-                f"unexpected {unexpected[:3]}). Use the base model it was trained on."
-            )
-    if config.reference == "start":
-        return wrapped, frozenset(names), f"the starting adapter {config.adapter}, frozen"
-    return wrapped, frozenset(names), f"the base model {base.name} WITHOUT the starting adapter {config.adapter}"
+    _load_adapter(wrapped, folder, "policy")
+    if config.reference == "base":
+        says = f"the base model {base.name} WITHOUT the starting adapter {config.adapter}"
+        return wrapped, frozenset({"policy"}), says
+    wrapped.add_adapter("reference", settings)
+    _load_adapter(wrapped, folder, "reference")
+    return wrapped, frozenset({"policy", "reference"}), f"the starting adapter {config.adapter}, frozen"
+
+
+REWRITING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""PEFT's initialisations that change the base weights, at loading as well."""
 
 
 def check_adapter(place: str) -> Path:
     """Return the folder of an adapter that is safe to load.
 
     Raises:
-        ModelError: where it is absent, holds no safetensors, or holds values that are not finite.
+        ModelError: where it is absent, holds no safetensors, is no LoRA that leaves the base as it is, or holds values
+            that are not finite.
     """
-    from safetensors import safe_open
-
     folder = Path(place)
     file = folder / "adapter_model.safetensors"
     if not file.is_file() or not (folder / "adapter_config.json").is_file():
@@ -388,18 +410,60 @@ def check_adapter(place: str) -> Path:
             f"model.adapter={place!r}: expected a folder with adapter_config.json and adapter_model.safetensors "
             "(pickled .bin adapters are refused)."
         )
-    with safe_open(file, framework="pt") as tensors:
-        for key in tensors.keys():  # noqa: SIM118 (not a dict)
-            if not math.isfinite(tensors.get_tensor(key).float().sum().item()):
-                raise ModelError(f"{file}: {key} holds values that are not finite. Use an undamaged adapter.")
+    try:
+        settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        with safe_open(file, framework="pt") as tensors:
+            for key in tensors.keys():  # noqa: SIM118 (not a dict)
+                if not tensors.get_tensor(key).isfinite().all():
+                    raise ModelError(f"{file}: {key} holds values that are not finite. Use an undamaged adapter.")
+    except (ValueError, SafetensorError) as error:
+        raise ModelError(f"model.adapter={place!r}: it is damaged ({_first_line(error)}). Copy it again.") from error
+    faults = {
+        "peft_type": settings.get("peft_type") != "LORA",
+        "init_lora_weights": str(settings.get("init_lora_weights")).startswith(REWRITING_INITS),
+        "bias": settings.get("bias", "none") != "none",
+        "modules_to_save": bool(settings.get("modules_to_save")),
+        "trainable_token_indices": bool(settings.get("trainable_token_indices")),
+    }
+    for key in (key for key, wrong in faults.items() if wrong):
+        raise ModelError(
+            f"{folder / 'adapter_config.json'}: got {key}={settings.get(key)!r}, expected a plain LoRA: without it, "
+            "the base must be the original again. Merge the adapter into its base, and name that as model.name."
+        )
     return folder
 
 
-def _load_adapter(wrapped: Any, folder: Path, name: str) -> tuple[list[str], list[str]]:
-    """Load an adapter's weights into the role `name`; return missing and unexpected keys."""
-    from peft import set_peft_model_state_dict
-    from safetensors.torch import load_file
+def _load_adapter(wrapped: Any, folder: Path, name: str) -> None:
+    """Load an adapter's weights into the role `name`.
 
-    result = set_peft_model_state_dict(wrapped, load_file(folder / "adapter_model.safetensors"), adapter_name=name)
+    Raises:
+        ModelError: where they do not fit.
+    """
+    from peft import set_peft_model_state_dict
+
+    state = load_file(folder / "adapter_model.safetensors")
     own = re.compile(rf"\.lora_\w+\.{name}\b")
-    return [key for key in result.missing_keys if own.search(key)], list(result.unexpected_keys)
+    _load_fitting(
+        folder, lambda: set_peft_model_state_dict(wrapped, state, adapter_name=name), lambda key: bool(own.search(key))
+    )
+
+
+def _load_fitting(folder: Path, load: Callable[[], Any], needed: Callable[[str], bool]) -> None:
+    """Load weights with `load`, which returns missing and unexpected keys.
+
+    Raises:
+        ModelError: where a needed one is missing, there is one too many, or one has another shape.
+    """
+    try:
+        keys = load()
+    except RuntimeError as error:  # torch lists the shapes line by line
+        fault = " ".join(str(error).split())[:300]
+    else:
+        missing = [key for key in keys.missing_keys if needed(key)]
+        if not missing and not keys.unexpected_keys:
+            return
+        fault = f"missing {missing[:3]}, unexpected {keys.unexpected_keys[:3]}"
+    raise ModelError(
+        f"{folder}: the weights do not fit this model ({fault}). Expected what was trained on the same base with the "
+        "same settings: use the base that the adapter names, or the run.yaml of the run that wrote them."
+    )

@@ -6,13 +6,14 @@ predicted), `target` (the token) and `sequence` (the completion it belongs to).
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Self
+from typing import final
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
 
+@final
 @dataclass(frozen=True)
 class Group:
     """One prompt and the completions that branch from it, as token ids (each at least one token long)."""
@@ -21,6 +22,7 @@ class Group:
     completions: Sequence[Sequence[int]]
 
 
+@final
 @dataclass(frozen=True)
 class Forest:
     """A batch of groups laid out in rows, and the index that finds every completion token's prediction again.
@@ -55,13 +57,13 @@ class Forest:
         """Completion tokens of each completion."""
         return torch.bincount(self.sequence, minlength=self.completions)
 
-    def to(self, device: torch.device) -> Self:
+    def to(self, device: torch.device) -> "Forest":
         """Return the same batch on `device`."""
         tensors = {f.name: getattr(self, f.name).to(device) for f in fields(self) if f.name != "completions"}
         return replace(self, **tensors)
 
     @classmethod
-    def padded(cls, groups: Sequence[Group], pad_id: int) -> Self:
+    def padded(cls, groups: Sequence[Group], pad_id: int) -> "Forest":
         """Lay every completion out in a row of its own, padded on the right.
 
         Raises:

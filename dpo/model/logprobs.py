@@ -6,7 +6,7 @@ gradient with respect to the hidden state at once, so that the backward pass is 
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, final
 
 import torch
 from jaxtyping import Float, Int
@@ -14,20 +14,19 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from dpo.errors import ModelError
-from dpo.model.forest import Forest
+from dpo.model.forest import Forest, Group
 
 CHUNK = 256
 """Tokens whose logits exist at one time: at 256 the time equals full logits and the memory is a quarter."""
 
 
+@final
 @dataclass(frozen=True)
 class Head:
     """The output layer: logits = softcap * tanh(scale * (W h + b) / softcap)."""
 
-    weight: Tensor
-    """(vocabulary, hidden)."""
-    bias: Tensor | None = None
-    """(vocabulary,)."""
+    weight: Float[Tensor, "vocabulary hidden"]
+    bias: Float[Tensor, " vocabulary"] | None = None
     scale: float = 1.0
     """Multiplies the logits (Cohere's `logit_scale`, one over Granite's `logits_scaling`)."""
     softcap: float | None = None
@@ -41,10 +40,10 @@ class Head:
             ModelError: where the output layer is not a plain linear one.
         """
         layer = network.get_output_embeddings()
-        if layer is None or getattr(layer, "weight", None) is None or layer.weight.dim() != 2:
+        if not isinstance(layer, torch.nn.Linear) or not layer.weight.is_floating_point():
             raise ModelError(
-                f"{type(network).__name__}: got an output layer of type {type(layer).__name__}, expected a linear one "
-                "(weight of shape (vocabulary, hidden)). Use a causal language model with an ordinary head."
+                f"{type(network).__name__}: got an output layer of type {type(layer).__name__}, expected torch's own "
+                "Linear. Use a causal language model with an ordinary head, and leave the head out of the adapter."
             )
         config = network.config.get_text_config()
         scale = getattr(config, "logit_scale", None) or 1.0
@@ -52,13 +51,13 @@ class Head:
             scale = scale / divisor
         return cls(
             weight=layer.weight,
-            bias=getattr(layer, "bias", None),
+            bias=layer.bias,
             scale=float(scale),
             softcap=getattr(config, "final_logit_softcapping", None),
         )
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Return float32 (or float64) logits (tokens, vocabulary)."""
+    def logits(self, hidden: Float[Tensor, "tokens hidden"]) -> Float[Tensor, "tokens vocabulary"]:
+        """Return logits in float32 (float64 for float64 input)."""
         logits = hidden @ self.weight.t()
         logits = logits if logits.dtype == torch.float64 else logits.float()
         if self.bias is not None:
@@ -109,7 +108,7 @@ class _FrozenHeadLogprob(torch.autograd.Function):
         return gradient * upstream[0].unsqueeze(1).to(gradient.dtype), None, None, None, None
 
 
-def _recomputed(hidden: Tensor, target: Tensor, head: Head) -> Tensor:
+def _recomputed(hidden: Float[Tensor, "tokens hidden"], target: Int[Tensor, " tokens"], head: Head) -> Tensor:
     return head.logits(hidden).log_softmax(-1).gather(1, target.unsqueeze(1)).squeeze(1)
 
 
@@ -134,6 +133,7 @@ def token_logprobs(
     return _FrozenHeadLogprob.apply(hidden, head, target, chunk, keep_gradient)  # pyright: ignore[reportReturnType]
 
 
+@final
 @dataclass(frozen=True)
 class CompletionLogps:
     """Log-probs of a forest's completions."""
@@ -176,14 +176,13 @@ def check_head(network: Any, tolerance: float) -> None:
             know, and every log-prob would be wrong in silence.
     """
     vocabulary = Head.of(network).weight.shape[0]
-    ids = (torch.arange(12, device=network.device) * 7 + 5) % vocabulary
-    forest_ids = ids.unsqueeze(0)
+    ids = [(7 * n + 5) % vocabulary for n in range(12)]
+    forest = Forest.padded([Group(ids[:1], [ids[1:]])], pad_id=0).to(network.device)
     with torch.no_grad():
-        logits = network(input_ids=forest_ids, use_cache=False).logits[0, :-1]
-        own = logits.float().log_softmax(-1).gather(1, ids[1:].unsqueeze(1)).squeeze(1)
-        hidden = network.base_model(input_ids=forest_ids, use_cache=False).last_hidden_state[0, :-1]
-        ours = token_logprobs(hidden, ids[1:], Head.of(network))
-    worst = (own - ours.float()).abs().max().item()
+        ours = completion_logps(network, forest).tokens
+        logits = network(input_ids=forest.input_ids, use_cache=False).logits[0, :-1]
+        own = logits.to(ours.dtype).log_softmax(-1).gather(1, forest.target.unsqueeze(1)).squeeze(1)
+    worst = (own - ours).abs().max().item()
     if not worst <= tolerance:
         raise ModelError(
             f"{type(network).__name__}: the log-probs of the chunked head differ from the model's own by {worst:.3g} "

@@ -1,7 +1,9 @@
 """Sampling completions from a role."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, final
 
 import torch
 from tqdm.auto import tqdm
@@ -11,6 +13,7 @@ from dpo.errors import ModelError
 from dpo.model.base import LanguageModel, Role
 
 
+@final
 @dataclass(frozen=True)
 class Sample:
     """One sampled completion."""
@@ -30,7 +33,7 @@ def sample(
     *,
     role: Role = "policy",
     max_new_tokens: int,
-    temperature: float = 1.0,
+    temperature: int | float = 1.0,
     seed: int = 0,
     batch_size: int = 64,
     progress: str | None = None,
@@ -59,16 +62,10 @@ def sample(
     if not all(prompts):
         raise ModelError("sample: got an empty prompt, expected at least one token in each.")
     ends = end_tokens(model)
-    pad = model.tokenizer.pad_token_id
+    pad = model.pad_id
     drawing = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     config = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        eos_token_id=sorted(ends),
-        pad_token_id=pad,
-        top_k=0,
-        top_p=1.0,
-        repetition_penalty=1.0,
-        **drawing,
+        max_new_tokens=max_new_tokens, eos_token_id=sorted(ends), pad_token_id=pad, top_k=0, **drawing
     )
     # Prompts of like length side by side; the order is part of what a seed means.
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
@@ -76,13 +73,11 @@ def sample(
     devices = [model.device] if model.device.type == "cuda" else []
     with (
         torch.random.fork_rng(devices=devices),
-        model.role(role) as network,
-        torch.no_grad(),
+        model.reading(role) as network,
+        _generating_by(network, config),
         tqdm(total=len(prompts), desc=progress, unit="answer", disable=None if progress else True) as bar,
     ):
         torch.manual_seed(seed)
-        was_training = network.training
-        network.eval()
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
             width = max(len(prompts[i]) for i in batch)
@@ -91,7 +86,6 @@ def sample(
             written = network.generate(
                 input_ids=torch.tensor(rows, device=model.device),
                 attention_mask=torch.tensor(real, device=model.device),
-                generation_config=config,
             )[:, width:].tolist()
             for i, row in zip(batch, written, strict=True):
                 stop = next((n for n, token in enumerate(row) if token in ends), None)
@@ -99,8 +93,18 @@ def sample(
                 text = model.tokenizer.decode(completion, skip_special_tokens=True)
                 samples[i] = Sample(prompts[i], completion, text, finished=stop is not None)
             bar.update(len(batch))
-        network.train(was_training)
     return [samples[i] for i in range(len(prompts))]
+
+
+@contextmanager
+def _generating_by(network: Any, config: Any) -> Iterator[None]:
+    """Put `config` in the place of the model's own, whose top_k, min_p or penalties would fill what `config` leaves."""
+    shipped = network.generation_config
+    network.generation_config = config
+    try:
+        yield
+    finally:
+        network.generation_config = shipped
 
 
 def end_tokens(model: LanguageModel) -> frozenset[int]:

@@ -84,7 +84,7 @@ _VIEWS: Mapping[str, Callable[..., LossInput]] = {
 
 
 def _score(model: LanguageModel, groups: Sequence[Group]) -> CompletionLogps:
-    forest = Forest.padded(groups, model.tokenizer.pad_token_id or 0).to(model.device)
+    forest = Forest.padded(groups, model.pad_id).to(model.device)
     with model.role("policy") as network:
         return completion_logps(network, forest)
 

@@ -63,6 +63,14 @@ class TestKinds:
         assert values(path) == ROWS
         assert [row.source for row in read(str(path))] == [f"{path}:1", f"{path}:2"]
 
+    def test_a_text_file_holds_one_prompt_a_line(self, tmp_path):
+        path = tmp_path / "prompts.txt"
+        path.write_text("Say hello.\n\n  What is a sea? \n", encoding="utf-8")
+        assert [(row.values, row.source) for row in read(str(path))] == [
+            ({"prompt": "Say hello."}, f"{path}:1"),
+            ({"prompt": "What is a sea?"}, f"{path}:3"),
+        ]
+
     def test_limit(self, tmp_path):
         (tmp_path / "a.jsonl").write_text(lines(ROWS), encoding="utf-8")
         assert [row.values["n"] for row in read(str(tmp_path / "a.jsonl"), limit=1)] == [1]

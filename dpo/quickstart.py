@@ -1,0 +1,193 @@
+"""The embedded default: a real 135M model, one set of preferences, three objectives, one table.
+
+The task is controlled sentiment, the first experiment of the DPO paper (arXiv:2305.18290, section 6.1): answers sampled
+from the model itself, preferences given by a known gold reward, so that the TRUE reward of every objective is known.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+
+from dpo.checkpoint import atomic_write_text
+from dpo.data import DataConfig, check
+from dpo.evaluation.measures import Estimate, mean
+from dpo.evaluation.samples import Spoken
+from dpo.model.base import load_base
+from dpo.model.reference import References
+from dpo.run import Result, Run, execute, speak_at_start
+
+SAMPLES_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much of the task is done."""
+
+    steps: int
+    """Optimiser steps, each over the two completions of 8 pairs, whatever the objective."""
+    rate: float
+    """Multiplies every learning rate: fewer steps are larger ones."""
+    prompts: int
+    """Held-out prompts that are answered before and after."""
+    samples_per_prompt: int
+    eval_share: float
+    """Share of the training prompts whose pairs are held out."""
+
+
+FULL = Size(steps=32, rate=1.0, prompts=60, samples_per_prompt=2, eval_share=0.1)
+FAST = Size(steps=12, rate=2.0, prompts=60, samples_per_prompt=1, eval_share=0.04)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One objective of the comparison. Settings tried and what came of them: docs/experiments.md."""
+
+    objective: Mapping[str, Any]
+    learning_rate: float
+    batch_size: int
+    """Examples a step: 8 pairs, or their 16 completions judged one by one."""
+
+
+ENTRIES: Mapping[str, Entry] = {
+    "dpo": Entry({"name": "dpo", "beta": 0.1}, learning_rate=5e-4, batch_size=8),
+    "ipo": Entry({"name": "ipo", "tau": 0.5, "reduction": "mean"}, learning_rate=5e-4, batch_size=8),
+    "kto": Entry({"name": "kto", "beta": 0.1}, learning_rate=2.5e-4, batch_size=16),
+}
+
+
+def runs(size: Size, pairs: Path, prompts: Path, output: Path) -> list[Run]:
+    """Return the runs that are compared: one start, one split, the same completions for each."""
+    return [
+        Run.of(
+            {
+                "name": name,
+                "data": {"train": str(pairs), "eval_share": size.eval_share, "max_length": 192},
+                "objective": entry.objective,
+                "optimiser": {"learning_rate": size.rate * entry.learning_rate, "lr_scheduler_type": "linear"},
+                "loop": {
+                    "max_steps": size.steps,
+                    "per_device_train_batch_size": entry.batch_size,
+                    "gradient_accumulation_steps": 1,
+                },
+                "evaluation": {
+                    "gold": "dpo.data.gold:sentiment",
+                    "prompts": str(prompts),
+                    "max_prompts": size.prompts,
+                    "samples_per_prompt": size.samples_per_prompt,
+                    "max_new_tokens": 40,
+                    "seed": 1,
+                },
+                "output": {"dir": str(output / name)},
+            },
+            place="quickstart",
+        )
+        for name, entry in ENTRIES.items()
+    ]
+
+
+def quickstart(fast: bool, output: Path) -> list[Result]:
+    """Train, compare, print the table, and write it to `output`/results.json.
+
+    Raises:
+        DPOError: whatever is wrong, with place and fix.
+    """
+    console = Console()
+    size = FAST if fast else FULL
+    folder = files("dpo.data") / "sentiment"
+    with as_file(folder / "pairs.jsonl") as pairs, as_file(folder / "eval_prompts.txt") as prompts:
+        planned = runs(size, pairs, prompts, output)
+        console.print(
+            f"Controlled sentiment: SmolLM2-135M-Instruct learns to answer positively from {pairs.name}; "
+            f"{', '.join(run.name for run in planned)} start from one model, {size.steps} optimiser steps each."
+        )
+        base = load_base(planned[0].model)
+        console.print(f"Model on {base.device}, {str(base.dtype).removeprefix('torch.')}.")
+        checked = check(DataConfig.model_validate(planned[0].data.model_dump()))
+        before = speak_at_start(planned[0], base)
+        assert before is not None
+        known: References = {}
+        results = [
+            result
+            for run in planned
+            for result in execute([run], run.name, base=base, checked=checked, references=known)
+        ]
+    console.print(_table(before, results))
+    for panel in _answers(before, results):
+        console.print(panel)
+    _write(output, before, results)
+    console.print("Gold: sentiment of the model's own answers to held-out prompts, -1 to 1, with 95 % intervals.")
+    console.print("One seed and untuned settings: this shows that each objective works, not which one is best.")
+    for result in results:
+        print(f"{result.run.name}: {result.folder}")
+    return results
+
+
+def gain(before: Spoken, after: Spoken) -> Estimate:
+    """Return the mean difference in gold reward, prompt by prompt, after minus before."""
+    assert before.gold is not None
+    assert after.gold is not None
+    assert before.prompts == after.prompts
+    return mean([a - b for a, b in zip(after.gold, before.gold, strict=True)])
+
+
+def _table(before: Spoken, results: list[Result]) -> Table:
+    start = before.estimates()
+    table = Table(title="One start, one split, the same completions")
+    for heading in ("", "gold reward", "gain over start", "KL, nats", "pair accuracy", "tokens", "seconds", "peak GiB"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    table.add_row("start", str(start["eval/gold_reward"]), "", "0", "", f"{start['eval/length'].value:.0f}", "", "")
+    for result in results:
+        assert result.spoken is not None
+        after, measures = result.spoken.estimates(), result.summary["measures"]
+        accuracy = Estimate(**measures["eval/reward/accuracy"])
+        table.add_row(
+            result.run.name,
+            str(after["eval/gold_reward"]),
+            str(gain(before, result.spoken)),
+            f"{after['kl/policy_reference'].value:.1f}",
+            f"{accuracy.value:.2f} [{accuracy.low:.2f}, {accuracy.high:.2f}]",
+            f"{after['eval/length'].value:.0f}",
+            f"{result.summary['seconds']:.0f}",
+            f"{result.summary['memory_peak_bytes'] / 2**30:.2f}",
+        )
+    return table
+
+
+def _answers(before: Spoken, results: list[Result]) -> list[Panel]:
+    panels = []
+    for i in range(min(SAMPLES_SHOWN, len(before.prompts))):
+        lines = [f"[dim]start[/dim] {_plain(before.samples[i][0].text)}"]
+        for result in results:
+            assert result.spoken is not None
+            lines.append(f"[bold]{result.run.name}[/bold]   {_plain(result.spoken.samples[i][0].text)}")
+        panels.append(Panel("\n".join(lines), title=_plain(before.prompts[i]), title_align="left"))
+    return panels
+
+
+def _plain(text: str) -> str:
+    """Keep a sample from being read as console markup."""
+    return text.replace("[", r"\[")
+
+
+def _write(output: Path, before: Spoken, results: list[Result]) -> None:
+    written = {
+        "start": {name: asdict(one) for name, one in before.estimates().items()},
+        "runs": {
+            result.run.name: {
+                "folder": str(result.folder),
+                "gain": asdict(gain(before, result.spoken)),
+                **result.summary,
+            }
+            for result in results
+            if result.spoken is not None
+        },
+    }
+    output.mkdir(parents=True, exist_ok=True)
+    atomic_write_text(output / "results.json", json.dumps(written, indent=2) + "\n")

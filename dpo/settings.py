@@ -1,0 +1,397 @@
+"""A run's settings: immutable, validated before anything is loaded, read from and written to YAML.
+
+YAML is read by the rules of version 1.2: `1e-5` is a number, `no` and `2024-01-01` are text.
+"""
+
+import hashlib
+import json
+import re
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import Field as DataclassField
+from dataclasses import asdict, fields
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, final
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
+
+from dpo import losses
+from dpo.data import DataConfig
+from dpo.errors import ConfigError, nearest
+from dpo.evaluation.samples import find_reward
+from dpo.losses import Objective
+from dpo.model.base import ModelConfig
+from dpo.train import Loop, Optimiser
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+PREVIOUS = "previous"
+"""As model.adapter: the adapter of the stage before. (A folder of that name is ./previous.)"""
+
+BASE_SETTINGS = ("name", "revision", "dtype", "quantization", "attn_implementation", "device")
+"""What the one base of all stages is loaded by."""
+
+
+@final
+class ObjectiveConfig(BaseModel):
+    """The objective's name, and its hyper-parameters beside it; both are checked against the class at once."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    name: str = "dpo"
+    """A name that `dpo.losses.find` knows ("dpo", "ipo", ...), or package.module:Class of your own."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _resolved(cls, given: Any) -> Any:
+        if isinstance(given, str):
+            given = {"name": given}
+        if not isinstance(given, Mapping):
+            return given
+        built = build_objective(str(given.get("name", "dpo")), {k: v for k, v in given.items() if k != "name"})
+        return {"name": given.get("name", "dpo"), **asdict(built)}  # pyright: ignore[reportArgumentType]
+
+    def build(self) -> Objective:
+        """Return the objective."""
+        return build_objective(self.name, self.model_extra or {})
+
+
+def build_objective(name: str, parameters: Mapping[str, Any]) -> Objective:
+    """Return an objective with the given hyper-parameters.
+
+    Raises:
+        ConfigError: an unknown objective or hyper-parameter, or a value outside its range.
+    """
+    kind = losses.find(name)
+    known = [f.name for f in _hyper_parameters(kind)]
+    for key in parameters:
+        if key not in known:
+            raise ConfigError(
+                f"objective.{key}: {kind.__name__} has no such hyper-parameter, it has {', '.join(known) or 'none'}."
+                f"{nearest(key, known)}"
+            )
+    try:
+        hints = typing.get_type_hints(kind)
+        values = {key: TypeAdapter(hints[key]).validate_python(value) for key, value in parameters.items()}
+        return kind(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ConfigError(f"objective {name!r}: {first['msg']}, got {first['input']!r}") from error
+    except ValueError as error:
+        raise ConfigError(f"objective {name!r}: {error}") from error
+
+
+def _hyper_parameters(kind: type[Objective]) -> tuple[DataclassField[Any], ...]:
+    return fields(kind)  # pyright: ignore[reportArgumentType]  (every objective is a dataclass)
+
+
+@final
+class Evaluation(BaseModel):
+    """What is measured on the policy's own samples after training; held-out examples are always scored."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    gold: str | None = None
+    """A known true reward, package.module:function over (prompt, completion); null for none."""
+    prompts: str | None = None
+    """A file of prompts to sample for (null: those of the held-out examples)."""
+    max_prompts: Annotated[int, Field(ge=0)] = 32
+    """Sample for so many prompts at most; 0 measures nothing on samples."""
+    samples_per_prompt: Annotated[int, Field(ge=1)] = 1
+    """Completions sampled for each prompt."""
+    max_new_tokens: Annotated[int, Field(ge=1)] = 64
+    """Longest sample, in tokens."""
+    seed: int = 0
+    """Of the sampling."""
+
+    @field_validator("gold")
+    @classmethod
+    def _found(cls, name: str | None) -> str | None:
+        if name is not None:
+            find_reward(name)
+        return name
+
+
+@final
+class Output(BaseModel):
+    """Where results go and where they are shown."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    dir: str | None = None
+    """Folder of the run (null: runs/NAME-HASH, where the hash is of the settings: equal settings, equal folder)."""
+    report_to: tuple[Literal["wandb", "none"], ...] = ()
+    """Sinks beside metrics.jsonl. wandb works offline where there is no key."""
+    project: str = "dpo-lab"
+    """wandb project."""
+    group: str | None = None
+    """wandb group: the comparison this run belongs to (null: the name of the data)."""
+
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def _several(cls, given: Any) -> Any:
+        if isinstance(given, str):
+            return tuple(part.strip() for part in given.split(",") if part.strip())
+        return given
+
+
+@final
+class Run(BaseModel):
+    """One training run."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str = "run"
+    """Letters, digits, dot, dash and underscore; the stage's name where a recipe has several."""
+    data: DataConfig
+    objective: ObjectiveConfig = ObjectiveConfig()
+    model: ModelConfig = ModelConfig()
+    optimiser: Optimiser = Optimiser()
+    loop: Loop = Loop()
+    evaluation: Evaluation = Evaluation()
+    output: Output = Output()
+
+    @field_validator("name")
+    @classmethod
+    def _plain(cls, name: str) -> str:
+        if not NAME.fullmatch(name):
+            raise ValueError(f"name must match {NAME.pattern}, got {name!r}")
+        return name
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any], place: str) -> Self:
+        """Build a run from plain settings.
+
+        Raises:
+            ConfigError: names the place, the key, what was got and what is valid.
+        """
+        try:
+            return cls.model_validate(settings)
+        except ValidationError as error:
+            raise ConfigError(f"{place}: {explained(error)}") from error
+        except ConfigError as error:
+            raise ConfigError(f"{place}: {error}") from error
+
+    def override(self, changes: Mapping[str, Any], place: str = "command line") -> Self:
+        """Return this run with nested changes applied; a new objective starts from its own defaults.
+
+        Raises:
+            ConfigError: as `of`.
+        """
+        settings = self.model_dump(mode="json")
+        objective = changes.get("objective")
+        if isinstance(objective, str) or (isinstance(objective, Mapping) and "name" in objective):
+            settings["objective"] = {}
+        if isinstance(objective, str):
+            changes = {**changes, "objective": {"name": objective}}
+        return self.of(_merged(settings, changes), place)
+
+    def decisive(self) -> dict[str, Any]:
+        """Return the settings that can change the trained weights, by dotted key: not where and how results go."""
+        found = _flat(self.model_dump(mode="json", exclude={"output", "evaluation"}))
+        return {key: value for key, value in found.items() if key not in ("loop.save_steps", "loop.save_total_limit")}
+
+    def digest(self) -> str:
+        """Return a hash of the decisive settings."""
+        return hashlib.sha256(json.dumps(self.decisive(), sort_keys=True).encode()).hexdigest()
+
+    def to_yaml(self) -> str:
+        """Return the resolved settings; `dpo train` takes them as they are."""
+        settings = self.model_dump(mode="json")
+        return yaml.dump(settings, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+Recipe = Callable[[DataConfig], tuple[Run, ...]]
+"""A recipe chooses; it computes nothing. It maps the dataset to the runs to carry out, in order."""
+
+
+def read_overrides(arguments: Sequence[str]) -> dict[str, Any]:
+    """Read `key=value` and `--key=value` (the form a wandb sweep passes) into nested settings; values are YAML.
+
+    Raises:
+        ConfigError: an argument of another form.
+    """
+    found: dict[str, Any] = {}
+    for argument in arguments:
+        key, equals, text = argument.removeprefix("--").partition("=")
+        if not equals or not key or not all(key.split(".")):
+            raise ConfigError(
+                f"{argument!r}: expected key=value or --key=value, with dots between levels, for instance "
+                "optimiser.learning_rate=1e-4."
+            )
+        try:
+            value = _read_yaml(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(
+                f"{argument!r}: the value is not YAML ({' '.join(str(error).split())}). Put quotes around it."
+            ) from error
+        found = _merged(found, _nested(key.split("."), value))
+    return found
+
+
+def plan(recipe: Recipe, overrides: Mapping[str, Any], place: str = "command line") -> tuple[Run, ...]:
+    """Return a recipe's runs with overrides applied: to every stage, or under a stage's name to that one.
+
+    Raises:
+        ConfigError: as `Run.of`, where data.train is missing, and where stages that share a base ask for two.
+    """
+    given = dict(overrides)
+    data = given.pop("data", {})
+    if not isinstance(data, Mapping) or "train" not in data:
+        raise ConfigError(f"{place}: data.train is missing. Name the preferences to train on: data.train=FILE.")
+    try:
+        runs = recipe(DataConfig.model_validate(data))
+    except ValidationError as error:
+        raise ConfigError(f"{place}: {explained(error, prefix='data')}") from error
+    own = {run.name: given.pop(run.name, {}) for run in runs} if len(runs) > 1 else {}
+    for stage, settings in own.items():
+        if not isinstance(settings, Mapping):
+            raise ConfigError(
+                f"{place}: {stage}={settings!r}: {stage} is a stage of this recipe, expected {stage}.key=value, for "
+                f"instance {stage}.optimiser.learning_rate=1e-4."
+            )
+    planned = tuple(run.override(_merged(given, own.get(run.name, {})), place) for run in runs)
+    for before, after in zip(runs, planned, strict=True):
+        if before.model.adapter == PREVIOUS != after.model.adapter:
+            raise ConfigError(
+                f"{place}: model.adapter={after.model.adapter!r}: stage {before.name!r} starts from the stage before "
+                "it. Give it to the first stage alone, as STAGE.model.adapter=FOLDER."
+            )
+    check_stages(planned, place)
+    return planned
+
+
+def check_stages(runs: Sequence[Run], place: str) -> None:
+    """Refuse stages that cannot share one base and one dataset.
+
+    Raises:
+        ConfigError: names the setting in which they differ, or a first stage that starts from the one before it.
+    """
+    first = runs[0]
+    if first.model.adapter == PREVIOUS:
+        raise ConfigError(
+            f"{place}: model.adapter={PREVIOUS!r} in the first stage: there is none before it. Name a folder."
+        )
+    for run in runs[1:]:
+        ours, theirs = first.decisive(), run.decisive()
+        shared = [key for key in {**ours, **theirs} if key.startswith("data.")]
+        for key in (*shared, *(f"model.{name}" for name in BASE_SETTINGS)):
+            if ours.get(key) != theirs.get(key):
+                raise ConfigError(
+                    f"{place}: {key} is {ours.get(key)!r} in stage {first.name!r} and {theirs.get(key)!r} in stage "
+                    f"{run.name!r}, expected one base and one dataset for all. Give {key}= without a stage's name."
+                )
+
+
+def read_run(path: Path, overrides: Mapping[str, Any]) -> tuple[Run, ...]:
+    """Read a run from a YAML file, such as the run.yaml that every run writes.
+
+    Raises:
+        ConfigError: the file is absent, is not YAML, or holds no valid run.
+    """
+    try:
+        settings = _read_yaml(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error}).") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(settings, Mapping):
+        raise ConfigError(f"{path}: got {type(settings).__name__}, expected a mapping with data, objective, ...")
+    run = Run.of(settings, str(path))
+    run = run.override(overrides) if overrides else run
+    check_stages((run,), str(path))
+    return (run,)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's version 1.2 core: the plain words of 1.1 (no, on, 1:30, 2024-01-01, 0x10) are text, 1e-5 is a number."""
+
+    yaml_implicit_resolvers = {}  # noqa: RUF012 (none of the inherited ones)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what either version of YAML would read as something else than text."""
+
+
+_FLOAT = r"[-+]?(\.[0-9]+|[0-9]+\.[0-9]*)([eE][-+]?[0-9]+)?|[-+]?[0-9]+[eE][-+]?[0-9]+|[-+]?\.inf|\.nan"
+for _tag, _shape, _first in (
+    ("null", r"~|null|", ["~", "n", ""]),
+    ("bool", r"true|false", ["t", "f"]),
+    ("int", r"[-+]?(0|[1-9][0-9]*)", list("-+0123456789")),
+    ("float", _FLOAT, list("-+0123456789.")),
+):
+    for _kind in (_Loader, _Dumper):
+        _kind.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_shape})$"), _first)
+
+
+def _read_yaml(text: str) -> Any:
+    loader = _Loader(text)
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()
+
+
+def _nested(path: Sequence[str], value: Any) -> dict[str, Any]:
+    return {path[0]: _nested(path[1:], value) if len(path) > 1 else value}
+
+
+def _merged(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(first)
+    for key, value in second.items():
+        old = merged.get(key)
+        merged[key] = _merged(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return merged
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in settings.items():
+        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return found
+
+
+def _keys(model: type[BaseModel], prefix: str = "") -> list[str]:
+    """Return every dotted key of a settings class."""
+    found: list[str] = []
+    for name, info in model.model_fields.items():
+        found.append(f"{prefix}{name}")
+        kinds = typing.get_args(info.annotation) if isinstance(info.annotation, types.UnionType) else (info.annotation,)
+        for kind in kinds:
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                found += _keys(kind, f"{prefix}{name}.")
+    return found
+
+
+def explained(error: ValidationError, settings: type[BaseModel] = Run, prefix: str = "") -> str:
+    """Say for each fault which key it is, what was got and what is valid."""
+    known = _keys(settings)
+    if settings is Run:
+        known += [f"objective.{f.name}" for name in losses.names() for f in _hyper_parameters(losses.find(name))]
+    lines = []
+    for fault in error.errors():
+        key = ".".join(([prefix] if prefix else []) + [str(part) for part in fault["loc"]])
+        if fault["type"] == "extra_forbidden":
+            lines.append(f"unknown key {key!r}.{_meant(key, known)}")
+        elif fault["type"] == "missing":
+            lines.append(f"{key} is missing")
+        else:
+            message = fault["msg"].removeprefix("Value error, ")
+            quote = " (quotes make it text)" if fault["type"] == "string_type" else ""
+            lines.append(f"{key}: {message}{quote}" + ("" if "got" in message else f", got {fault['input']!r}"))
+    return "; ".join(lines)
+
+
+def _meant(key: str, known: Iterable[str]) -> str:
+    """Return a hint: the valid key with the same last part, else the nearest key, else the nearest last part."""
+    last = key.rpartition(".")[2]
+    lasts = {one.rpartition(".")[2]: one for one in reversed(list(known))}
+    if last in lasts:
+        return f" Did you mean {lasts[last]!r}?"
+    if hint := nearest(key, known):
+        return hint
+    close = get_close_matches(last, lasts, n=1)
+    return f" Did you mean {lasts[close[0]]!r}?" if close else ""

@@ -1,0 +1,237 @@
+"""The engine equals a loop over full logits, values and gradients, and never holds full logits."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from jaxtyping import TypeCheckError
+from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GraniteConfig,
+    GraniteForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from dpo.errors import ModelError
+from dpo.model.base import LanguageModel, load_base
+from dpo.model.forest import Forest, Group
+from dpo.model.logprobs import Head, check_head, completion_logps, token_logprobs
+
+GROUPS = [
+    Group((5, 6, 7), ((20, 21, 3), (30, 3))),
+    Group((12,), ((40, 41, 42, 43, 44, 3),)),
+    Group((50, 51, 52, 53, 54), ((60,), (61, 62, 63, 3))),
+]
+SIZE = {
+    "vocab_size": 97,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "initializer_range": 0.2,
+}
+
+
+def network_of(kind: str) -> torch.nn.Module:
+    torch.manual_seed(0)
+    match kind:
+        case "llama":
+            return LlamaForCausalLM(LlamaConfig(**SIZE))
+        case "gemma2":
+            return Gemma2ForCausalLM(Gemma2Config(**SIZE, final_logit_softcapping=2.0))
+        case "cohere":
+            return CohereForCausalLM(CohereConfig(**SIZE, logit_scale=0.3))
+        case "granite":
+            return GraniteForCausalLM(GraniteConfig(**SIZE, logits_scaling=4.0))
+        case "gpt2":
+            return GPT2LMHeadModel(GPT2Config(vocab_size=97, n_embd=16, n_layer=2, n_head=2, initializer_range=0.2))
+        case "qwen2":
+            return Qwen2ForCausalLM(Qwen2Config(**SIZE, tie_word_embeddings=True))
+        case _:
+            raise AssertionError(kind)
+
+
+class TestAgainstNaive:
+    @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-4)])
+    @pytest.mark.parametrize("chunk", [1, 3, 256])
+    def test_values_and_adapter_gradients(self, tiny_config, naive, perturb, dtype, tolerance, chunk):
+        base = load_base(tiny_config)
+        base.network.to(dtype)
+        model = LanguageModel.start(base, tiny_config, seed=0)
+        perturb(model)
+        scored = completion_logps(model.network, Forest.padded(GROUPS, 0), chunk)
+        expected = [naive(model.network, group.prompt, one) for group in GROUPS for one in group.completions]
+        assert scored.tokens.dtype == dtype
+        torch.testing.assert_close(scored.tokens, torch.cat(expected), rtol=0, atol=tolerance)
+        torch.testing.assert_close(scored.sums, torch.stack([one.sum() for one in expected]), rtol=0, atol=tolerance)
+        assert scored.lengths.tolist() == [len(one) for one in expected]
+
+        weight = torch.linspace(-1, 1, len(expected), dtype=dtype)  # no sum is weighted like another
+        ours = torch.autograd.grad((weight * scored.sums).sum(), model.parameters())
+        plain = torch.autograd.grad(
+            sum(w * one.sum() for w, one in zip(weight, expected, strict=True)), model.parameters()
+        )
+        assert sum(gradient.abs().sum() for gradient in plain) > 1
+        for one, other in zip(ours, plain, strict=True):
+            torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
+
+    @pytest.mark.parametrize("kind", ["llama", "gemma2", "cohere", "granite", "gpt2", "qwen2"])
+    def test_every_head(self, naive, kind):
+        network = network_of(kind).double().eval().requires_grad_(False)
+        scored = completion_logps(network, Forest.padded(GROUPS, 0))
+        expected = [naive(network, group.prompt, one) for group in GROUPS for one in group.completions]
+        torch.testing.assert_close(scored.tokens, torch.cat(expected), rtol=0, atol=1e-6)  # some heads cast to float32
+
+    @pytest.mark.parametrize("chunk", [1, 3, 256])
+    @pytest.mark.parametrize("scale", [1.0, 0.4])
+    @pytest.mark.parametrize("softcap", [None, 2.0])
+    @pytest.mark.parametrize("biased", [False, True])
+    def test_gradient_of_the_hidden_state(self, biased, softcap, scale, chunk):
+        torch.manual_seed(0)
+        weight = torch.randn(11, 5, dtype=torch.float64)
+        head = Head(weight, torch.randn(11, dtype=torch.float64) if biased else None, scale, softcap)
+        hidden = torch.randn(7, 5, dtype=torch.float64, requires_grad=True)
+        target = torch.tensor([0, 10, 3, 3, 7, 1, 9])
+        logits = head.logits(hidden)
+        expected = logits.log_softmax(-1)[torch.arange(7), target]
+        torch.testing.assert_close(token_logprobs(hidden, target, head, chunk), expected, rtol=0, atol=1e-12)
+        assert torch.autograd.gradcheck(lambda h: token_logprobs(h, target, head, chunk), hidden)
+
+    def test_the_head_formula(self):
+        head = Head(torch.tensor([[2.0, 0.0], [0.0, 3.0]]), torch.tensor([1.0, -1.0]), scale=0.5, softcap=2.0)
+        # W h + b = (2 * 1 + 1, 3 * 2 - 1) = (3, 5); halved (1.5, 2.5); 2 tanh(x / 2)
+        expected = 2 * torch.tanh(torch.tensor([[0.75, 1.25]]))
+        torch.testing.assert_close(head.logits(torch.tensor([[1.0, 2.0]])), expected)
+
+    @pytest.mark.parametrize("chunk", [1, 3, 256])
+    @pytest.mark.parametrize("trained", ["weight", "bias", "both"])
+    def test_a_trained_head(self, trained, chunk):
+        torch.manual_seed(0)
+        weight = torch.randn(11, 5, dtype=torch.float64, requires_grad=trained != "bias")
+        bias = torch.randn(11, dtype=torch.float64, requires_grad=trained != "weight")
+        hidden = torch.randn(7, 5, dtype=torch.float64, requires_grad=True)
+        target = torch.arange(7)
+        wanted = [tensor for tensor in (weight, bias, hidden) if tensor.requires_grad]
+        head = Head(weight, bias, scale=0.5, softcap=3.0)
+        mixed = torch.linspace(-1, 2, 7, dtype=torch.float64)
+        ours = torch.autograd.grad((mixed * token_logprobs(hidden, target, head, chunk)).sum(), wanted)
+        logits = 3 * torch.tanh(0.5 * (hidden @ weight.t() + bias) / 3)
+        values = logits.log_softmax(-1)[torch.arange(7), target]
+        plain = torch.autograd.grad((mixed * values).sum(), wanted)
+        for one, other in zip(ours, plain, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+        with torch.no_grad():
+            torch.testing.assert_close(token_logprobs(hidden, target, head, chunk), values.detach())
+
+    def test_sixteen_bit_weights_give_float32_sums(self):
+        head = Head(torch.randn(11, 5).bfloat16())
+        assert token_logprobs(torch.randn(4, 5), torch.arange(4), head).dtype == torch.float32
+
+
+class TestPadding:
+    @pytest.fixture
+    def network(self):
+        return network_of("llama").double().eval().requires_grad_(False)
+
+    def test_the_amount_of_padding_changes_nothing(self, network):
+        together = completion_logps(network, Forest.padded(GROUPS, 0)).tokens
+        alone = [completion_logps(network, Forest.padded([group], 96)).tokens for group in GROUPS]
+        torch.testing.assert_close(together, torch.cat(alone), rtol=0, atol=1e-12)
+
+    def test_the_side_of_the_padding_changes_nothing(self, network):
+        right = Forest.padded(GROUPS, 0)
+        time = right.input_ids.shape[1]
+        pads = (~right.attention_mask).sum(1)
+        column = (torch.arange(time) - pads.unsqueeze(1)) % time  # rotates each row's padding to its start
+        row = right.source // time
+        left = replace(
+            right,
+            input_ids=right.input_ids.gather(1, column),
+            position_ids=right.position_ids.gather(1, column),
+            group=right.group.gather(1, column),
+            branch=right.branch.gather(1, column),
+            source=right.source + pads[row],
+        )
+        assert not left.attention_mask[1, 0]
+        ours, expected = completion_logps(network, left).tokens, completion_logps(network, right).tokens
+        torch.testing.assert_close(ours, expected, rtol=0, atol=1e-9)
+
+
+class TestMemory:
+    @pytest.fixture
+    def hidden(self):
+        return torch.randn(600, 16, requires_grad=True)
+
+    @pytest.mark.parametrize("trained", [False, True])
+    def test_logits_exist_for_one_chunk_only(self, monkeypatch, hidden, trained):
+        rows, saved = [], []
+        logits = Head.logits
+        monkeypatch.setattr(Head, "logits", lambda self, h: rows.append(len(h)) or logits(self, h))
+        weight = torch.randn(97, 16, requires_grad=trained)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(tuple(t.shape)) or t, lambda t: t):
+            token_logprobs(hidden, torch.arange(600) % 97, Head(weight), chunk=64).sum().backward()
+        assert max(rows) == 64
+        assert (600, 97) not in saved
+        if not trained:
+            assert saved == [(600, 16)]
+            assert sum(rows) == 600  # the backward pass computes none again
+
+    def test_the_models_own_head_is_never_called(self, monkeypatch, start):
+        network = start().network
+        monkeypatch.setattr(network.lm_head, "forward", lambda *_: pytest.fail("full logits"))
+        completion_logps(network, Forest.padded(GROUPS, 0)).sums.sum().backward()
+
+    def test_no_gradient_buffer_where_none_is_wanted(self, monkeypatch, hidden):
+        head, target = Head(torch.randn(97, 16)), torch.arange(600) % 97
+        expected = token_logprobs(hidden, target, head).detach()
+        monkeypatch.setattr(torch, "empty_like", lambda *_: pytest.fail("a gradient buffer"))
+        with torch.no_grad():
+            assert torch.equal(token_logprobs(hidden, target, head), expected)
+        assert torch.equal(token_logprobs(hidden.detach(), target, head), expected)
+
+
+class TestRefusals:
+    @pytest.mark.parametrize("kind", ["llama", "gemma2", "cohere", "granite", "gpt2", "qwen2"])
+    def test_known_heads_pass(self, kind):
+        check_head(network_of(kind).eval(), tolerance=1e-3)
+
+    def test_an_unknown_transformation_of_the_logits(self):
+        class Doubling(LlamaForCausalLM):
+            def forward(self, *args, **kwargs):
+                out = super().forward(*args, **kwargs)
+                out.logits = out.logits * 2
+                return out
+
+        with pytest.raises(ModelError, match=r"Doubling: the log-probs .* differ .* by .* at most 0\.001"):
+            check_head(Doubling(LlamaConfig(**SIZE)).eval(), tolerance=1e-3)
+
+    def test_values_that_are_not_numbers(self):
+        network = network_of("llama").eval()
+        with torch.no_grad():
+            network.lm_head.weight[:] = torch.nan
+        with pytest.raises(ModelError, match="differ from the model's own by nan"):
+            check_head(network, tolerance=1e-3)
+
+    def test_an_adapter_on_the_head_is_not_overlooked(self, start):
+        model = start(lora={"target_modules": ["lm_head"]})
+        with pytest.raises(ModelError, match="leave the head out of the adapter"):
+            completion_logps(model.network, Forest.padded(GROUPS, 0))
+
+    def test_shapes_are_executed(self):
+        with pytest.raises(TypeCheckError):
+            token_logprobs(torch.randn(4, 5), torch.arange(3), Head(torch.randn(11, 5)))
+        with pytest.raises(TypeCheckError):
+            Head(torch.randn(11, 5), torch.randn(10))

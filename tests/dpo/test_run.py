@@ -1,0 +1,384 @@
+"""Recipes carried out: folders, stages, refusals before anything is written, and measuring again."""
+
+import json
+import logging
+import math
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from dpo import recipes
+from dpo import run as run_module
+from dpo.errors import CheckpointError, ConfigError, DataError, ModelError, TrainingError
+from dpo.metrics import read
+from dpo.model.base import ModelConfig, load_base
+from dpo.model.reference import References
+from dpo.run import Result, evaluate_run, execute, held_out, only_process, speak_at_start, speaking
+from dpo.settings import Run, plan, read_overrides, read_run
+
+RunRecipe = Callable[..., list[Result]]
+
+
+@pytest.fixture
+def run(
+    tmp_path: Path, tiny_config: ModelConfig, pairs_file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> RunRecipe:
+    """Carry out a recipe on the tiny model in an empty current folder."""
+    monkeypatch.chdir(tmp_path)
+    pairs_file(tmp_path / "pairs.jsonl")
+
+    def go(name: str, *arguments: str, **more: Any) -> list[Result]:
+        return execute(runs(name, tiny_config, *arguments), name, **more)
+
+    return go
+
+
+def runs(name: str, config: ModelConfig, *arguments: str) -> tuple[Run, ...]:
+    given = ["data.train=pairs.jsonl", "data.eval_share=0.2", "data.limit=30", f"model.name={config.name}"]
+    given += [
+        "model.dtype=float32",
+        "model.device=cpu",
+        "loop.max_steps=3",
+        "loop.save_steps=2",
+        "loop.gradient_accumulation_steps=2",
+    ]
+    given += ["evaluation.max_prompts=3", "evaluation.max_new_tokens=3"]
+    return plan(recipes.find(name), read_overrides([*given, *arguments]))
+
+
+def adapter(result: Result) -> bytes:
+    return (result.folder / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+class Killed(BaseException):
+    """Stands for a kill."""
+
+
+# --- folders ---
+
+
+def test_a_run_leaves_its_settings_its_data_its_numbers_and_its_adapter(run: RunRecipe) -> None:
+    (result,) = run("dpo")
+    assert result.folder.parent == Path("runs")
+    assert result.folder.name.startswith("dpo-")
+    names = {file.name for file in result.folder.iterdir()} - {".lock"}
+    files = {"run.yaml", "data.json", "summary.json", "metrics.jsonl", "performance.jsonl"}
+    assert names == files | {"adapter", "checkpoints"}
+    summary = json.loads((result.folder / "summary.json").read_text())
+    assert summary == result.summary
+    assert (summary["steps"], summary["reference"][:14]) == (3, "the base model")
+    assert summary["measures"].keys() == {"eval/reward/accuracy", "kl/policy_reference", "eval/length"}
+    assert json.loads((result.folder / "data.json").read_text())["fingerprint"] == summary["data_fingerprint"]
+
+
+def test_a_finished_run_is_trained_again_beside_the_first_to_the_same_bits(run: RunRecipe) -> None:
+    (first,) = run("dpo", "model.lora.dropout=0.1")
+    (again,) = run("dpo", "model.lora.dropout=0.1")
+    assert again.folder == first.folder.with_name(f"{first.folder.name}-2")
+    assert adapter(again) == adapter(first)
+    assert (again.folder / "metrics.jsonl").read_bytes() == (first.folder / "metrics.jsonl").read_bytes()
+    (other,) = run("dpo", "model.lora.dropout=0.1", "loop.seed=1")
+    assert other.folder.name[:10] != first.folder.name[:10]
+    assert adapter(other) != adapter(first)
+
+
+def test_run_yaml_trains_again_as_it_is(run: RunRecipe) -> None:
+    (first,) = run("ipo", "output.dir=mine")
+    assert first.folder == Path("mine")
+    (again,) = execute(read_run(first.folder / "run.yaml", {}), "again")
+    assert again.folder == Path("mine-2")
+    assert adapter(again) == adapter(first)
+
+
+def test_a_stage_s_run_yaml_trains_again_beside_it(run: RunRecipe) -> None:
+    _, second = run("sft_dpo", "output.dir=mine")
+    assert second.folder == Path("mine/2-dpo")
+    (again,) = execute(read_run(second.folder / "run.yaml", {}), "again")
+    assert again.folder == Path("mine/2-dpo-2")
+    assert adapter(again) == adapter(second)
+
+
+def test_a_folder_with_other_settings_is_refused_and_left_as_it_is(run: RunRecipe) -> None:
+    stopped_before_training(run, "output.dir=mine")
+    before = tree(Path("mine"))
+    with pytest.raises(ConfigError) as caught:
+        run("dpo", "output.dir=mine", "objective.beta=0.3", "loop.seed=4", "loop.save_steps=9")
+    assert str(caught.value).startswith(
+        "mine: holds a run with other settings: loop.seed (0 there, 4 here); objective.beta (0.1 there, 0.3 here). "
+    )
+    assert tree(Path("mine")) == before
+
+
+def killed(*_: Any, **__: Any) -> None:
+    raise Killed
+
+
+def stopped_before_training(run: RunRecipe, *arguments: str, **more: Any) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_module, "train", killed)
+        with pytest.raises(Killed):
+            run("dpo", *arguments, **more)
+
+
+def test_other_content_of_the_data_is_refused_and_nothing_overwritten(
+    run: RunRecipe,
+) -> None:
+    stopped_before_training(run, "output.dir=mine")
+    before = tree(Path("mine"))
+    rows = Path("pairs.jsonl").read_text().replace("good and blue", "good and green")
+    Path("pairs.jsonl").write_text(rows)
+    with pytest.raises(CheckpointError, match=r"mine: holds a run on other data: pairs\.jsonl has changed"):
+        run("dpo", "output.dir=mine")
+    assert tree(Path("mine")) == before
+
+
+def test_one_process_at_a_time_trains_in_a_folder(run: RunRecipe) -> None:
+    with (
+        only_process(Path("mine")),
+        pytest.raises(TrainingError, match=r"mine: another process is training there"),
+    ):
+        run("dpo", "output.dir=mine")
+    (result,) = run("dpo", "output.dir=mine")  # the lock file is still there and holds nobody
+    assert result.folder == Path("mine")
+
+
+@pytest.mark.parametrize("place", ["pairs.jsonl", "pairs.jsonl/below", "/dev/null/below"])
+def test_an_output_that_cannot_be_written_is_refused_before_the_model_is_loaded(
+    run: RunRecipe, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_module, "load_base", killed)
+    with pytest.raises(ConfigError, match=rf"output\.dir: .*{place}.* Give another output\.dir"):
+        run("dpo", f"output.dir={place}")
+
+
+@pytest.mark.parametrize(
+    ("argument", "kind"),
+    [
+        ("model.adapter=nowhere", ModelError),
+        ("model.name=./nowhere", ModelError),
+        ("data.max_length=8", DataError),
+        ("data.train=nowhere.jsonl", DataError),
+        ("evaluation.gold=nowhere:f", ConfigError),
+    ],
+)
+def test_nothing_is_written_before_model_name_adapter_and_data_are_checked(
+    run: RunRecipe, argument: str, kind: type[Exception]
+) -> None:
+    before = tree(Path.cwd())
+    with pytest.raises(kind):
+        run("dpo", argument)
+    assert tree(Path.cwd()) == before
+    assert not Path("runs").exists()
+
+
+# --- stages ---
+
+
+def test_a_finished_stage_is_not_trained_again_and_is_the_reference_of_the_next(
+    run: RunRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run("sft_dpo", "output.dir=whole")
+    loads: list[str] = []
+    trained: list[str] = []
+
+    def counted_load(config: ModelConfig) -> Any:
+        loads.append(config.name)
+        return load_base(config)
+
+    real = run_module.train
+
+    def watched(**given: Any) -> Any:
+        trained.append(type(given["objective"]).__name__)
+        if trained == ["SFT", "DPO"]:
+            raise Killed
+        return real(**given)
+
+    monkeypatch.setattr(run_module, "load_base", counted_load)
+    monkeypatch.setattr(run_module, "train", watched)
+    with pytest.raises(Killed):
+        run("sft_dpo", "output.dir=mine")
+    assert len(loads) == 1  # one base for both
+    stamp = (Path("mine/1-sft/adapter/adapter_model.safetensors")).stat().st_mtime_ns
+    first, second = run("sft_dpo", "output.dir=mine")
+    assert trained == ["SFT", "DPO", "DPO"]
+    assert (first.folder / "adapter/adapter_model.safetensors").stat().st_mtime_ns == stamp
+    assert second.summary["reference"] == "the starting adapter mine/1-sft/adapter, frozen"
+    assert read(second.folder / "metrics.jsonl")[0]["train/loss"] == pytest.approx(math.log(2), abs=1e-4)
+    assert first.summary["measures"] == whole[0].summary["measures"]
+    assert (adapter(first), adapter(second)) == (adapter(whole[0]), adapter(whole[1]))
+
+
+def test_a_shared_base_is_given_back_as_it_was_also_after_a_failure(run: RunRecipe, tiny_config: ModelConfig) -> None:
+    base = load_base(tiny_config)
+    before = {name: tensor.clone() for name, tensor in base.network.state_dict().items()}
+    stopped_before_training(run, base=base)
+    assert base.network.state_dict().keys() == before.keys()
+    known: References = {}
+    (shared,) = run("dpo", "output.dir=shared", base=base, references=known)
+    assert all(tensor.equal(before[name]) for name, tensor in base.network.state_dict().items())
+    assert sum(map(len, known.values())) > 0
+    (alone,) = run("dpo", "output.dir=alone")
+    assert adapter(shared) == adapter(alone)
+    with pytest.raises(ConfigError, match=r"model\.lora=null trains the base itself, which is shared here"):
+        run("dpo", "model.lora=null", base=base)
+
+
+def test_full_weights_train_and_are_measured_again(run: RunRecipe) -> None:
+    (result,) = run("dpo", "model.lora=null", "output.dir=full")
+    assert result.summary["reference"] == "a frozen copy of the starting weights"
+    assert evaluate_run(Path("full"), {}).summary["measures"] == result.summary["measures"]
+
+
+# --- measures ---
+
+
+def test_evaluating_gives_the_numbers_of_the_training_again(run: RunRecipe, caplog: pytest.LogCaptureFixture) -> None:
+    (result,) = run("dpo", "optimiser.learning_rate=1e-2")
+    before = tree(result.folder)
+    again = evaluate_run(result.folder, {})
+    assert again.summary["measures"] == result.summary["measures"]
+    after = tree(result.folder)
+    assert json.loads(after.pop("evaluation.json"))["measures"] == result.summary["measures"]
+    assert after == before
+    longer = evaluate_run(result.folder, read_overrides(["evaluation.max_new_tokens=6"]))
+    assert longer.summary["measures"]["eval/length"] != result.summary["measures"]["eval/length"]
+    assert "has changed" not in caplog.text
+    Path("pairs.jsonl").write_text(Path("pairs.jsonl").read_text().replace("bad", "wrong"))
+    evaluate_run(result.folder, {})
+    assert "pairs.jsonl has changed since the run was trained" in caplog.text
+
+
+def test_evaluating_uses_the_trained_adapter(run: RunRecipe) -> None:
+    (result,) = run("dpo", "optimiser.learning_rate=1e-2")
+    file = result.folder / "adapter" / "adapter_model.safetensors"
+    save_file({name: tensor * 0 for name, tensor in load_file(file).items()}, file)
+    assert evaluate_run(result.folder, {}).summary["measures"]["kl/policy_reference"]["value"] == 0
+    assert result.summary["measures"]["kl/policy_reference"]["value"] != 0
+
+
+def test_evaluating_refuses_other_folders_and_other_settings(run: RunRecipe) -> None:
+    with pytest.raises(ConfigError, match=r"nowhere: holds no finished run"):
+        evaluate_run(Path("nowhere"), {})
+    (result,) = run("dpo")
+    with pytest.raises(ConfigError, match=r"objective: evaluating cannot change it; evaluation\.\*"):
+        evaluate_run(result.folder, {"objective": "ipo"})
+
+
+def test_the_start_is_sampled_with_the_same_seed(run: RunRecipe, tiny_config: ModelConfig) -> None:
+    Path("prompts.jsonl").write_text('{"prompt": "What of tea?"}\n{"prompt": "What of the sea?"}\n')
+    gold = "evaluation.gold=dpo.data.gold:sentiment"
+    (settings,) = runs("dpo", tiny_config, "evaluation.prompts=prompts.jsonl", gold)
+    base = load_base(tiny_config)
+    before = speak_at_start(settings, base)
+    assert before is not None
+    assert before.prompts == ("What of tea?", "What of the sea?")
+    assert before.gold is not None
+    assert before.kl == (0, 0)
+    (result,) = run("dpo", "optimiser.learning_rate=1e-12", "evaluation.prompts=prompts.jsonl", gold)
+    assert result.spoken is not None
+    assert result.spoken.samples == before.samples  # a policy that has hardly moved says the same
+    assert result.summary["measures"]["eval/gold_reward"]["n"] == 2
+
+
+def test_without_held_out_examples_there_is_nothing_to_measure(run: RunRecipe) -> None:
+    (result,) = run("sft_dpo", "data.eval_share=0")[1:]
+    assert result.summary["measures"] == {}
+    assert held_out(None, None) == {}
+
+
+def test_kto_has_an_interval_around_its_ranking(run: RunRecipe) -> None:
+    (result,) = run("kto")
+    one = result.summary["measures"]["eval/reward/accuracy"]
+    assert 0 <= one["low"] <= one["value"] <= one["high"] <= 1
+    last = read(result.folder / "metrics.jsonl")[-2]
+    trained = round(float(last["train/examples_seen"]) / float(last["train/epoch"]))
+    assert one["n"] + trained == 60  # two judgements from each of 30 pairs
+
+
+# --- sinks ---
+
+
+@pytest.mark.network  # wandb's own service process listens on a socket of this machine
+@pytest.mark.enable_socket
+def test_wandb_holds_every_row_of_the_ledger(run: RunRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    (result,) = run("dpo", "output.report_to=wandb", "output.group=trial")
+    (stored,) = (result.folder / "wandb").glob("offline-run-*")
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(stored)]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    records = [json.loads(line) for line in shown.stdout.splitlines()]
+    sent = [one["history"]["item"] for one in records if one["type"] == "history"]
+    kept = read(result.folder / "metrics.jsonl")
+    assert len(sent) == len(kept) == 4
+    for item, row in zip(sent, kept, strict=True):
+        for name in ("train/loss", "reward/margin", "eval/reward/margin", "train/global_step"):
+            assert item.get(name) == row.get(name)
+    assert all({"train/loss", "reward/margin"} <= item.keys() for item in sent[:3])
+
+
+# --- failures are told, not shown ---
+
+
+def test_a_failure_is_one_message_and_an_exit_code(capsys: pytest.CaptureFixture[str]) -> None:
+    for error, code in ((TrainingError("stuck"), 4), (CheckpointError("stuck"), 3), (OSError("stuck"), 1)):
+        with pytest.raises(SystemExit) as caught, speaking():
+            raise error
+        assert caught.value.code == code
+        assert capsys.readouterr().err == "error: stuck\n"
+    with pytest.raises(SystemExit) as caught, speaking():
+        raise KeyboardInterrupt
+    assert caught.value.code == 130
+    assert "goes on from the last checkpoint" in capsys.readouterr().err
+    with pytest.raises(TrainingError), speaking(debug=True):
+        raise TrainingError("stuck")
+
+
+def test_a_secret_in_a_message_is_not_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit), speaking():
+        raise ConfigError("output.project='hf_PlantedAbCdEfGhIjKlMnOpQrStUvWxYz12'")
+    assert capsys.readouterr().err == "error: output.project='[redacted]'\n"
+
+
+def test_an_objective_of_the_current_folder_can_be_named(
+    run: RunRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my_objectives.py").write_text(
+        "from dataclasses import dataclass\n"
+        "from typing import final\n"
+        "from dpo.losses import PairObjective\n"
+        "from dpo.losses.reduce import pair_output\n"
+        "import torch\n"
+        "@final\n"
+        "@dataclass(frozen=True, kw_only=True)\n"
+        "class Margin(PairObjective):\n"
+        "    scale: float = 2.0\n"
+        "    needs_reference = False\n"
+        "    paper = 'none'\n"
+        "    def __call__(self, logps):\n"
+        "        margin = self.scale * (logps.policy_chosen - logps.policy_rejected)\n"
+        "        rewards = torch.stack([logps.policy_chosen, logps.policy_rejected], dim=1)\n"
+        "        return pair_output(logps, -margin, rewards)\n"
+    )
+    with speaking():
+        (result,) = run("dpo", "objective=my_objectives:Margin", "objective={name: my_objectives:Margin, scale: 3}")
+    assert result.summary["objective"] == {"name": "my_objectives:Margin", "scale": 3.0}
+    assert result.summary["reference"] == "none"
+    assert str(tmp_path) not in sys.path
+
+
+def test_log_level_follows_debug(monkeypatch: pytest.MonkeyPatch) -> None:
+    logger = logging.getLogger("dpo")
+    monkeypatch.setattr(logger, "level", logger.level)
+    with speaking(debug=True):
+        assert logger.level == logging.DEBUG
+    with speaking():
+        assert logger.level == logging.INFO

@@ -1,0 +1,460 @@
+"""The loop: exact accumulation, order and schedule; exact resume; no update from numbers that are not finite."""
+
+import json
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from dpo import train as loop_module
+from dpo.data import Example, prepare
+from dpo.data.prepare import DataConfig
+from dpo.errors import CheckpointError, TrainingError
+from dpo.losses import Objective
+from dpo.losses.dpo import DPO
+from dpo.losses.ipo import IPO
+from dpo.losses.kto import KTO
+from dpo.losses.sft import SFT
+from dpo.metrics import AXES, METRICS, Row, Sink, read
+from dpo.model.base import Base, LanguageModel, LoRA, ModelConfig, load_base
+from dpo.model.reference import ReferenceLogps
+from dpo.train import Loop, Optimiser, Outcome, Plan, learning_rate, peak_memory, reset_peak_memory, train
+from dpo.types import LossOutput
+
+OPTIMISER = Optimiser(learning_rate=1e-3, warmup_ratio=0.2)
+LOOP = Loop(per_device_train_batch_size=4, gradient_accumulation_steps=2, num_train_epochs=2, save_steps=2, seed=3)
+IDENTITY = {"settings": "a", "data": "b"}
+
+
+@pytest.fixture
+def base(tiny_config: ModelConfig) -> Base:
+    return load_base(tiny_config)
+
+
+@dataclass(frozen=True)
+class Lab:
+    """One base and one file of pairs; every run starts anew on them."""
+
+    base: Base
+    config: ModelConfig
+    file: Path
+
+    def examples(self, objective: Objective, count: int) -> list[Example]:
+        source = DataConfig.model_validate({"train": str(self.file), "eval_share": 0})
+        view, mismatched = objective.view, objective.needs_mismatched
+        return prepare(source, self.base.tokenizer, view, mismatched=mismatched).train[:count]
+
+    @contextmanager
+    def started(self, dropout: float = 0.0, **config: Any) -> Iterator[LanguageModel]:
+        settings = self.config.model_copy(update={"lora": LoRA(r=4, dropout=dropout), **config})
+        model = LanguageModel.start(self.base, settings, seed=3)
+        try:
+            yield model
+        finally:
+            model.release()
+
+    def run(
+        self,
+        folder: Path,
+        objective: Objective,
+        *,
+        loop: Loop = LOOP,
+        optimiser: Optimiser = OPTIMISER,
+        examples: int = 20,
+        held_out: int = 0,
+        dropout: float = 0.0,
+        identity: Mapping[str, str] = IDENTITY,
+        watch: Callable[[LanguageModel, Row], None] | None = None,
+        **config: Any,
+    ) -> Outcome:
+        """Train; `watch` is called with the model at every row of the ledger. The adapter is saved at the end."""
+        found = self.examples(objective, examples + held_out)
+        with self.started(dropout, **config) as model:
+            sinks: Sequence[Sink] = () if watch is None else (Watcher(model, watch),)
+            outcome = train(
+                model=model,
+                reference=ReferenceLogps(model),
+                objective=objective,
+                train_examples=found[:examples],
+                eval_examples=found[examples:],
+                optimiser=optimiser,
+                loop=loop,
+                folder=folder,
+                identity=identity,
+                sinks=sinks,
+            )
+            model.save(folder)
+        return outcome
+
+
+@dataclass(frozen=True)
+class Watcher:
+    model: LanguageModel
+    watch: Callable[[LanguageModel, Row], None]
+
+    def log(self, row: Row) -> None:
+        self.watch(self.model, row)
+
+    def finish(self, summary: Mapping[str, int | float | str]) -> None:
+        raise AssertionError("the loop leaves the summary to its caller")
+
+
+@pytest.fixture
+def lab(base: Base, tiny_config: ModelConfig, pairs_file: Callable[..., Path], tmp_path: Path) -> Lab:
+    return Lab(base, tiny_config, pairs_file(tmp_path / "pairs.jsonl"))
+
+
+class Killed(BaseException):
+    """Stands for a kill between a row and whatever follows it."""
+
+
+def kill_at(step: int) -> Callable[[LanguageModel, Row], None]:
+    def watch(model: LanguageModel, row: Row) -> None:
+        if row["step"] == step:
+            raise Killed
+
+    return watch
+
+
+def rows(folder: Path, kind: str = "train") -> list[Row]:
+    return [row for row in read(folder / "metrics.jsonl") if row["kind"] == kind]
+
+
+def weights(model: LanguageModel) -> list[Tensor]:
+    return [parameter.detach().clone() for parameter in model.parameters()]
+
+
+def assert_same_bytes(first: Path, second: Path) -> None:
+    for name in ("adapter_model.safetensors", "metrics.jsonl"):
+        assert (first / name).read_bytes() == (second / name).read_bytes(), name
+
+
+# --- which examples, at which rate ---
+
+
+def test_every_example_comes_once_an_epoch_in_an_order_of_seed_and_epoch_alone() -> None:
+    plan = Plan.of(Loop(per_device_train_batch_size=3, gradient_accumulation_steps=2, num_train_epochs=3), 20)
+    assert (plan.batch, plan.steps) == (6, 12)
+    epochs = [[i for step in range(4 * e, 4 * e + 4) for i in plan.indices(step, seed=5)] for e in range(3)]
+    assert all(sorted(epoch) == list(range(20)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+    assert [len(plan.indices(step, seed=5)) for step in range(4)] == [6, 6, 6, 2]
+    torch.manual_seed(99)  # the global generator has no say
+    other_batch = Plan.of(Loop(per_device_train_batch_size=20, gradient_accumulation_steps=1, num_train_epochs=9), 20)
+    assert other_batch.indices(1, seed=5) == epochs[1]
+    assert plan.indices(0, seed=6) != plan.indices(0, seed=5)
+
+
+def test_max_steps_ends_a_run_early() -> None:
+    assert Plan.of(Loop(max_steps=2), 1000).steps == 2
+    assert Plan.of(Loop(max_steps=2000), 32).steps == 2  # of 16 examples each
+
+
+@pytest.mark.parametrize(
+    ("shape", "shares"),
+    [
+        # 10 steps, warm-up of 2: 1/3, 2/3, the peak at step 2, and 8 steps down to 0 at step 10, which is none.
+        ("linear", [1 / 3, 2 / 3, 1, 7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8]),
+        ("constant_with_warmup", [1 / 3, 2 / 3, 1, 1, 1, 1, 1, 1, 1, 1]),
+        # (1 + cos(pi k / 8)) / 2 for k = 0..7
+        ("cosine", [1 / 3, 2 / 3, 1, 0.961940, 0.853553, 0.691342, 0.5, 0.308658, 0.146447, 0.038060]),
+    ],
+)
+def test_the_rate_rises_to_its_peak_falls_and_is_never_zero(shape: str, shares: list[float]) -> None:
+    settings = Optimiser.model_validate({"learning_rate": 2.0, "lr_scheduler_type": shape, "warmup_ratio": 0.2})
+    assert [learning_rate(settings, step, 10) for step in range(10)] == pytest.approx([2 * s for s in shares], abs=2e-6)
+
+
+def test_a_run_of_one_step_takes_it_at_the_peak() -> None:
+    assert learning_rate(Optimiser(learning_rate=0.5, warmup_ratio=0.9), 0, 1) == 0.5
+
+
+def test_the_optimizer_sees_the_rate_of_the_ledger_and_a_gradient_clipped_to_max_grad_norm(
+    lab: Lab, tmp_path: Path
+) -> None:
+    seen: list[tuple[float, float]] = []
+
+    def look(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        (group,) = optimizer.param_groups
+        norm = torch.stack([p.grad.norm() for p in group["params"] if p.grad is not None]).norm().item()
+        seen.append((group["lr"], norm))
+
+    hook = register_optimizer_step_pre_hook(look)
+    try:
+        lab.run(tmp_path / "clipped", DPO(), optimiser=replaced(OPTIMISER, max_grad_norm=0.01))
+    finally:
+        hook.remove()
+    ledger = rows(tmp_path / "clipped")
+    assert [rate for rate, _ in seen] == [row["train/learning_rate"] for row in ledger]
+    assert seen[0][0] == pytest.approx(5e-4)  # a warm-up of 1 of 6 steps: half the peak, not 0
+    assert [norm for _, norm in seen] == pytest.approx([0.01] * 6, rel=1e-3)
+    assert all(float(row["grad_norm"]) > 0.02 for row in ledger)  # as it was before clipping
+
+
+def replaced(settings: Any, **changes: Any) -> Any:
+    return type(settings).model_validate({**settings.model_dump(), **changes})
+
+
+@pytest.mark.parametrize("objective", [DPO(), IPO(), SFT()], ids=lambda one: type(one).__name__)
+def test_accumulation_is_exact_also_in_a_last_smaller_batch(lab: Lab, tmp_path: Path, objective: Objective) -> None:
+    portions = {"2 x 4": (2, 4), "8 x 1": (8, 1)}
+    for name, (micro, times) in portions.items():
+        loop = replaced(LOOP, per_device_train_batch_size=micro, gradient_accumulation_steps=times, num_train_epochs=1)
+        lab.run(tmp_path / name, objective, loop=loop)  # 20 examples: batches of 8, 8 and 4
+    assert_close(tmp_path / "2 x 4", tmp_path / "8 x 1")
+
+
+@pytest.mark.parametrize("objective", [DPO(), IPO(), SFT()], ids=lambda one: type(one).__name__)
+def test_accumulation_is_exact_with_a_ragged_last_micro_batch(lab: Lab, tmp_path: Path, objective: Objective) -> None:
+    for name, micro, times in (("3 and rest", 3, 3), ("9 x 1", 9, 1)):
+        loop = replaced(LOOP, per_device_train_batch_size=micro, gradient_accumulation_steps=times, num_train_epochs=1)
+        lab.run(tmp_path / name, objective, loop=loop, examples=17)  # 9, then 8 = 3 + 3 + 2
+    assert_close(tmp_path / "3 and rest", tmp_path / "9 x 1")
+
+
+def assert_close(first: Path, second: Path) -> None:
+    from safetensors.torch import load_file
+
+    ours, theirs = (load_file(folder / "adapter_model.safetensors") for folder in (first, second))
+    assert any(tensor.abs().max() > 1e-4 for name, tensor in ours.items() if "lora_B" in name)  # it did move
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, theirs[name], rtol=0, atol=1e-6)
+    for one, other in zip(rows(first), rows(second), strict=True):
+        assert one.pop("kind") == other.pop("kind")
+        assert one == pytest.approx(other, rel=1e-4, abs=2e-6)
+
+
+# --- the ledger and what is said on the way ---
+
+
+@pytest.mark.parametrize("objective", [DPO(), KTO(), SFT()], ids=lambda one: type(one).__name__)
+def test_every_row_has_every_axis_and_only_defined_names(lab: Lab, tmp_path: Path, objective: Objective) -> None:
+    loop = replaced(LOOP, eval_steps=2, num_train_epochs=1)
+    outcome = lab.run(tmp_path / "run", objective, loop=loop, held_out=4)
+    kept, timed = (read(tmp_path / "run" / name) for name in ("metrics.jsonl", "performance.jsonl"))
+    assert [(row["step"], row["kind"]) for row in kept] == [
+        (1, "train"), (2, "train"), (2, "eval"), (3, "train"), (3, "eval"),
+    ]  # fmt: skip
+    for row, clock in zip(kept, timed, strict=True):
+        assert set(AXES) <= row.keys() | clock.keys()
+        assert (row.keys() | clock.keys()) - {"step", "kind"} <= METRICS.keys()
+        assert not any(not METRICS[name].deterministic for name in row.keys() - {"step", "kind"})
+        assert row["train/global_step"] == row["step"]
+    assert [row["train/examples_seen"] for row in rows(tmp_path / "run")] == [8, 16, 20]
+    assert rows(tmp_path / "run")[-1]["train/epoch"] == 1
+    assert outcome.progress.examples_seen == 20
+    assert outcome.evaluated is not None
+
+
+def test_evaluation_changes_nothing(lab: Lab, tmp_path: Path) -> None:
+    for name, every in (("often", 1), ("at the end", None)):
+        loop = replaced(LOOP, eval_steps=every)
+        lab.run(tmp_path / name, DPO(), loop=loop, held_out=4, dropout=0.1)
+    assert rows(tmp_path / "often") == rows(tmp_path / "at the end")
+    assert rows(tmp_path / "often", "eval")[-1] == rows(tmp_path / "at the end", "eval")[0]
+
+
+def test_without_a_terminal_a_line_now_and_then_says_how_far_it_is(
+    lab: Lab, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level(logging.INFO, "dpo")
+    loop = replaced(LOOP, max_steps=2)
+    lab.run(tmp_path / "quiet", DPO(), loop=loop)
+    assert not [text for text in caplog.messages if "left" in text]  # less than half a minute
+    monkeypatch.setattr(loop_module, "SECONDS_BETWEEN_LINES", 0)
+    lab.run(tmp_path / "told", DPO(), loop=loop)
+    first, second = (text for text in caplog.messages if "left" in text)
+    assert first.startswith("DPO: step 1 of 2, loss 0.693")
+    assert "margin " in first
+    assert second.endswith("about 0 s left")
+
+
+# --- resume ---
+
+
+@pytest.mark.parametrize(
+    ("objective", "dropout"), [(DPO(), 0.1), (KTO(), 0.0), (SFT(), 0.1)], ids=["DPO with dropout", "KTO", "SFT"]
+)
+def test_a_resumed_run_is_bit_for_bit_the_unbroken_one(
+    lab: Lab, tmp_path: Path, objective: Objective, dropout: float
+) -> None:
+    loop = replaced(LOOP, eval_steps=3)
+    settings: dict[str, Any] = {"loop": loop, "dropout": dropout, "held_out": 4}
+    lab.run(tmp_path / "whole", objective, **settings)
+    with pytest.raises(Killed):  # 6 steps; the row of step 5 is written, its checkpoint is not: back to step 4
+        lab.run(tmp_path / "broken", objective, watch=kill_at(5), **settings)
+    assert rows(tmp_path / "broken")[-1]["step"] == 5
+    torch.manual_seed(12345)
+    outcome = lab.run(tmp_path / "broken", objective, **settings)
+    assert_same_bytes(tmp_path / "whole", tmp_path / "broken")
+    assert (outcome.progress.step, outcome.progress.examples_seen) == (6, 40)
+
+
+def test_a_damaged_newest_checkpoint_costs_time_only(
+    lab: Lab, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    lab.run(tmp_path / "whole", DPO(), dropout=0.1)
+    with pytest.raises(Killed):
+        lab.run(tmp_path / "broken", DPO(), dropout=0.1, watch=kill_at(5))
+    newest = tmp_path / "broken" / "checkpoints" / "step-00000004" / "optimizer.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-1] + b"x")
+    lab.run(tmp_path / "broken", DPO(), dropout=0.1)
+    assert "skipped a damaged checkpoint" in caplog.text
+    assert_same_bytes(tmp_path / "whole", tmp_path / "broken")
+
+
+def test_full_weights_resume_as_well(lab: Lab, tmp_path: Path, tiny_config: ModelConfig) -> None:
+    examples = lab.examples(DPO(), 8)
+    plain = tiny_config.model_copy(update={"lora": None})
+    loop = replaced(LOOP, save_steps=1)
+
+    def go(folder: Path, watch: Callable[[LanguageModel, Row], None] | None = None) -> None:
+        model = LanguageModel.start(load_base(plain), plain, seed=0)
+        train(
+            model=model, reference=ReferenceLogps(model), objective=DPO(), train_examples=examples, eval_examples=[],
+            optimiser=OPTIMISER, loop=loop, folder=folder, identity=IDENTITY,
+            sinks=() if watch is None else (Watcher(model, watch),),
+        )  # fmt: skip
+        model.save(folder)
+
+    go(tmp_path / "whole")
+    with pytest.raises(Killed):
+        go(tmp_path / "broken", kill_at(2))
+    go(tmp_path / "broken")
+    for name in ("model.safetensors", "metrics.jsonl"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "broken" / name).read_bytes()
+
+
+def test_a_finished_run_is_only_evaluated_again(lab: Lab, tmp_path: Path) -> None:
+    first = lab.run(tmp_path / "run", DPO(), held_out=4)
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    again = lab.run(tmp_path / "run", DPO(), held_out=4)
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+    assert first.evaluated is not None
+    assert again.evaluated is not None
+    assert torch.equal(first.evaluated.policy_chosen, again.evaluated.policy_chosen)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_a_checkpoint_of_another_run_is_refused(lab: Lab, tmp_path: Path) -> None:
+    lab.run(tmp_path / "run", DPO())
+    with pytest.raises(CheckpointError, match=r"step-00000006: this checkpoint belongs to a run with other data"):
+        lab.run(tmp_path / "run", DPO(), identity={**IDENTITY, "data": "c"})
+
+
+# --- numbers that are not finite ---
+
+
+@pytest.fixture
+def faulty(monkeypatch: pytest.MonkeyPatch) -> Callable[[Sequence[int]], None]:
+    """Make the loss of the given optimiser steps (from 1) NaN, in every micro-batch of the step."""
+
+    def at(steps: Sequence[int]) -> None:
+        calls = iter(range(1000))
+        sound = DPO.__call__
+
+        def call(self: DPO, logps: Any) -> LossOutput:
+            out = sound(self, logps)
+            if not torch.is_grad_enabled():
+                return out
+            return replace(out, loss=out.loss * math.nan) if next(calls) // 2 + 1 in steps else out
+
+        monkeypatch.setattr(DPO, "__call__", call)
+
+    return at
+
+
+def test_a_nan_changes_no_weight_is_counted_and_the_run_goes_on(
+    lab: Lab, tmp_path: Path, faulty: Callable[[Sequence[int]], None]
+) -> None:
+    faulty([2])
+    after: dict[int, list[Tensor]] = {}
+
+    def watch(model: LanguageModel, row: Row) -> None:
+        after[int(row["step"])] = weights(model)
+
+    outcome = lab.run(tmp_path / "run", DPO(), watch=watch)
+    assert all(torch.equal(a, b) for a, b in zip(after[1], after[2], strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(after[2], after[3], strict=True))
+    assert all(tensor.isfinite().all() for tensor in after[6])
+    assert (outcome.progress.step, outcome.progress.skipped, outcome.progress.skipped_in_a_row) == (6, 1, 0)
+    second = rows(tmp_path / "run")[1]
+    assert math.isnan(float(second["train/loss"]))
+    assert '"train/loss": "nan"' in (tmp_path / "run" / "metrics.jsonl").read_text()
+
+
+def test_three_in_a_row_stop_the_run_and_name_the_rows(
+    lab: Lab, tmp_path: Path, faulty: Callable[[Sequence[int]], None]
+) -> None:
+    faulty([2, 3, 4])
+    last: list[list[Tensor]] = []
+    with pytest.raises(TrainingError) as caught:
+        lab.run(tmp_path / "run", DPO(), watch=lambda model, row: last.append(weights(model)))
+    message = str(caught.value)
+    assert caught.value.exit_code == 4
+    assert "3 optimiser steps in a row, up to step 4" in message
+    found = lab.examples(DPO(), 20)
+    batch = Plan.of(LOOP, 20).indices(3, LOOP.seed)
+    assert all(found[i].source in message for i in batch[:4])
+    assert all(tensor.isfinite().all() for tensor in last[-1])
+    assert [row["step"] for row in rows(tmp_path / "run")] == [1, 2, 3, 4]
+
+
+def test_steps_in_a_row_are_counted_across_a_resume(
+    lab: Lab, tmp_path: Path, faulty: Callable[[Sequence[int]], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop = replaced(LOOP, save_steps=1)
+    faulty([2, 3])
+    with pytest.raises(Killed):
+        lab.run(tmp_path / "run", DPO(), loop=loop, watch=kill_at(4))
+    monkeypatch.undo()
+    state = json.loads((tmp_path / "run/checkpoints/step-00000003/state.json").read_text())
+    assert (state["progress"]["skipped"], state["progress"]["skipped_in_a_row"]) == (2, 2)
+
+
+# --- the start ---
+
+
+def test_a_policy_that_is_not_its_reference_is_refused_before_the_first_update(
+    lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = LanguageModel.start
+
+    def moved(*arguments: Any, **more: Any) -> LanguageModel:
+        model = start(*arguments, **more)
+        for parameter in model.parameters():
+            parameter.data += 0.2
+        return model
+
+    monkeypatch.setattr(LanguageModel, "start", moved)
+    with pytest.raises(TrainingError, match=r"At step 0 the policy differs from its reference by .* nats a token"):
+        lab.run(tmp_path / "run", DPO())
+    assert rows(tmp_path / "run") == []
+    lab.run(tmp_path / "free", SFT())  # without a reference there is nothing to be equal to
+
+
+def test_going_on_from_an_adapter_starts_at_it_or_openly_away_from_the_base(lab: Lab, tmp_path: Path) -> None:
+    lab.run(tmp_path / "sft", SFT(), optimiser=replaced(OPTIMISER, learning_rate=1e-2))
+    loop = replaced(LOOP, max_steps=1)
+    adapter = str(tmp_path / "sft")
+    lab.run(tmp_path / "start", DPO(), loop=loop, adapter=adapter)
+    assert rows(tmp_path / "start")[0]["train/loss"] == pytest.approx(math.log(2), abs=1e-5)
+    lab.run(tmp_path / "base", DPO(), loop=loop, adapter=adapter, reference="base")
+    assert abs(float(rows(tmp_path / "base")[0]["train/loss"]) - math.log(2)) > 1e-3
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux can begin a new peak")
+def test_a_runs_peak_does_not_hold_what_came_before_it() -> None:
+    device = torch.device("cpu")
+    ballast = torch.ones(50_000_000)  # 200 MB
+    before = peak_memory(device)
+    del ballast
+    reset_peak_memory(device)
+    assert peak_memory(device) < before - 100_000_000

@@ -1,0 +1,308 @@
+"""What the documents say is so: every command, setting, row, table, path and example in them."""
+
+import json
+import logging
+import math
+import re
+import shlex
+import sys
+import tomllib
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from typer.testing import CliRunner
+
+import dpo.losses
+from dpo.cli import app
+from dpo.data import FORMATS, BadRow, DataConfig, Row, check, recognise
+from dpo.errors import ConfigError
+from dpo.losses.testing import check as check_objective
+from dpo.losses.testing import example_batch
+from dpo.recipes import find as find_recipe
+from dpo.recipes import names as recipe_names
+from dpo.run import evaluate_run
+from dpo.settings import Run, plan, read_overrides, read_run
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("data/**/*.md")])
+
+
+def blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def commands() -> list[str]:
+    lines = "".join(blocks(README, "sh")).replace("\\\n", " ").splitlines()
+    return [part.strip() for line in lines for part in line.split("&&") if part.strip()]
+
+
+def table(heading: str) -> list[list[str]]:
+    """The cells of the first table below a heading, without the header rows."""
+    below = README.partition(f" {heading}\n")[2]
+    assert below, f"README has no heading {heading!r}"
+    rows = re.search(r"^(?:\|.*\n)+", below, flags=re.MULTILINE)
+    assert rows is not None
+    cells = [[cell.strip() for cell in re.split(r" \| ", row.strip("|\n "))] for row in rows[0].splitlines()]
+    return cells[2:]
+
+
+DPO_COMMANDS = [command for command in commands() if command.startswith("dpo ")]
+
+
+@pytest.fixture
+def shown_files() -> dict[str, str]:
+    """The rows that README shows for a named file."""
+    found = re.findall(r"^`(\w+\.jsonl)` .*?\n\n```json\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+    return dict(found)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shown_files: dict[str, str]) -> Path:
+    """A working folder that holds what the commands name."""
+    monkeypatch.chdir(tmp_path)
+    for name, rows in shown_files.items():
+        Path(name).write_text(rows + rows.replace("fruit", "colour"), encoding="utf-8")
+    (run,) = plan(find_recipe("dpo"), {"data": {"train": "prefs.jsonl"}})
+    Path("runs/dpo-1a2b3c4d").mkdir(parents=True)
+    Path("runs/dpo-1a2b3c4d/run.yaml").write_text(run.to_yaml(), encoding="utf-8")
+    return tmp_path
+
+
+@pytest.fixture
+def planned(monkeypatch: pytest.MonkeyPatch) -> list[Run]:
+    """The runs that commands would carry out, in place of carrying them out."""
+    found: list[Run] = []
+
+    def evaluate(where: Path, overrides: dict[str, Any]) -> Any:
+        assert set(overrides) <= {"evaluation", "model", "loop"}
+        found.extend(read_run(where / "run.yaml", overrides))
+
+    monkeypatch.setattr("dpo.run.execute", lambda runs, name: found.extend(runs) or [])
+    monkeypatch.setattr("dpo.run.evaluate_run", evaluate)
+    monkeypatch.setattr("dpo.run.show", lambda result: None)
+    monkeypatch.setattr("dpo.quickstart.quickstart", lambda fast, output: None)
+    return found
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Iterator[None]:
+    log = logging.getLogger("dpo")
+    level = log.level
+    yield
+    log.setLevel(level)
+
+
+def test_the_two_commands_of_a_fresh_machine_are_there():
+    first_lines = [line for block in blocks(README, "sh") for line in block.splitlines()]
+    assert "pip install -c constraints.txt -e . && dpo quickstart" in first_lines
+    assert 'pip install -c constraints.txt -e ".[test]" && pytest' in first_lines
+
+
+def test_the_cpu_build_of_torch_is_the_tested_version():
+    (version,) = re.findall(r"pip install torch==(\S+) --index-url", README)
+    assert f"torch=={version}" in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+
+
+@pytest.mark.parametrize("command", DPO_COMMANDS)
+def test_a_command_is_accepted(command: str, folder: Path, planned: list[Run]):
+    done = CliRunner().invoke(app, shlex.split(command)[1:], prog_name="dpo", catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    if command.startswith("dpo train"):
+        assert planned
+        checked = check(planned[0].data)
+        for run in planned:  # the rows that README shows hold the examples that the objective takes
+            view = run.objective.build().view
+            assert any(getattr(record, view)() for record in checked.train), f"no {view} in {run.data.train}"
+
+
+def test_every_recipe_and_every_command_is_shown():
+    shown = {shlex.split(command)[2] for command in DPO_COMMANDS if command.startswith("dpo train")}
+    assert set(recipe_names()) <= shown
+    help_text = CliRunner().invoke(app, ["--help"]).output
+    for name in ("train", "evaluate", "quickstart", "data"):
+        assert name in help_text
+        assert any(command.split()[1] == name for command in DPO_COMMANDS)
+
+
+def test_every_setting_in_the_text_exists():
+    settings = set(re.findall(r"`((?:[a-z_]+\.)+[a-z_]+=[^\s`]*)`", README + CONTRIBUTING))
+    assert len(settings) > 20
+    for setting in settings - {"objective.name=my_package.losses:Hinge"}:
+        value = setting.partition("=")[2]
+        given = read_overrides([setting if value else f"{setting}x"])
+        faults = []
+        for objective in dpo.losses.names():
+            run = Run.of({"data": {"train": "prefs.jsonl"}, "objective": objective}, "README")
+            try:
+                run.override(given)
+            except ConfigError as fault:
+                faults.append(str(fault))
+        assert len(faults) < len(dpo.losses.names()), f"{setting}: {faults[0]}"
+
+
+def test_the_sweep_gives_arguments_that_train_takes(folder: Path, planned: list[Run]):
+    (sweep,) = map(yaml.safe_load, blocks(README, "yaml"))
+    args = [f"--{name}={one['values'][0]}" for name, one in sweep["parameters"].items()]
+    expanded = {"${program}": [sweep["program"]], "${args}": args}
+    program, *arguments = [word for part in sweep["command"] for word in expanded.get(part, [part])]
+    assert program == "dpo"
+    done = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    (run,) = planned
+    assert run.objective.model_dump()["tau"] == sweep["parameters"]["objective.tau"]["values"][0]
+    assert run.optimiser.learning_rate == sweep["parameters"]["optimiser.learning_rate"]["values"][0]
+
+
+def test_the_tree_exists_and_names_every_package():
+    (tree,) = blocks(README, "text")
+    parents: list[str] = []
+    paths = []
+    for line in tree.splitlines():
+        indent, name = re.match(r"( *)(\S+)", line).groups()  # pyright: ignore[reportOptionalMemberAccess]
+        parents = [*parents[: len(indent) // 2], name]
+        paths.append("".join(parents))
+    for path in paths:
+        assert (ROOT / path).is_dir() if path.endswith("/") else (ROOT / path).is_file(), path
+    packages = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    for package in packages["packages"]:
+        real = packages["package-dir"].get(package, package.replace(".", "/"))
+        assert f"{real}/" in paths, f"the tree lacks {real}/"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_local_links_lead_somewhere(document: Path):
+    for target in re.findall(r"\]\(([^)#\s]+)", document.read_text(encoding="utf-8")):
+        assert target.startswith("https://") or (document.parent / target).exists(), target
+
+
+def test_the_objective_table_is_the_package():
+    rows = {re.sub(r"\[(.*)\]\((.*)\)", r"\1", row[0]): row for row in table("Objectives")}
+    assert tuple(sorted(rows)) == dpo.losses.names()
+    for name, (_, _, view, reference, start, _, _) in rows.items():
+        recipe = name if name in recipe_names() else "sft_dpo"
+        objective = plan(find_recipe(recipe), {"data": {"train": "x.jsonl"}})[0].objective.build()
+        assert type(objective) is dpo.losses.find(name)
+        assert view == objective.view
+        assert reference == ("yes" if objective.needs_reference else "no")
+        if objective.needs_reference:
+            at_start = objective(example_batch(objective, drift=0.0)).loss.item()
+            assert math.isclose(float(start), at_start, abs_tol=5e-4), name
+
+
+def test_the_format_table_is_the_recogniser():
+    rows = {name: (json.loads(row.strip("`")), views) for name, row, views in table("Data formats")}
+    assert list(rows) == [known.name for known in FORMATS]
+    for name, (row, views) in rows.items():
+        record = recognise([Row(row, "README:1")]).convert(Row(row, "README:1"))
+        assert recognise([Row(row, "README:1")]).name == name
+        held = [view for view in ("pairs", "judgements", "demonstrations") if getattr(record, view)()]
+        assert views.partition(":")[0] == (", ".join(held) or "none")
+
+
+def test_the_first_example_prints_what_it_says(capsys: pytest.CaptureFixture[str]):
+    example, _ = blocks(README, "python")
+    space: dict[str, Any] = {}
+    exec(example, space)
+    assert math.isclose(space["out"].loss.item(), math.log(2), rel_tol=1e-6)
+    assert "0.6931" in capsys.readouterr().out
+    assert "0.6931" in example
+
+
+def test_a_run_leaves_the_files_of_the_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_model_folder: Path, pairs_file: Any
+):
+    """The second example trains a tiny model in the embedded one's place, and the run is evaluated."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("dpo.model.base.fetch_embedded", lambda: tiny_model_folder)
+    pairs_file(tmp_path / "prefs.jsonl", prompts=12)
+    _, example = blocks(README, "python")
+    small = '{"train": "prefs.jsonl"}, "loop": {"max_steps": 1}, "evaluation": {"max_prompts": 2, "max_new_tokens": 4}'
+    shortened = example.replace('{"train": "prefs.jsonl"}', small)
+    assert shortened != example
+    space: dict[str, Any] = {}
+    exec(shortened, space)
+    folder = space["result"].folder
+    evaluate_run(folder, {"evaluation": {"max_prompts": 1, "max_new_tokens": 4}})
+    left = {f"`{path.name}/`" if path.is_dir() else f"`{path.name}`" for path in folder.glob("[!.]*")}
+    assert left | {"`wandb/`"} == {row[0] for row in table("What a run leaves")}
+    assert folder.parent.name == "runs"
+    assert folder.name.startswith("ipo-")
+
+
+@pytest.fixture
+def objective_of_the_guide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The worked example as one more file of dpo.losses, without an edit elsewhere."""
+    source = blocks(CONTRIBUTING, "python")[0]
+    (tmp_path / "hinge.py").write_text(source, encoding="utf-8")
+    monkeypatch.setattr(dpo.losses, "__path__", [*dpo.losses.__path__, str(tmp_path)])
+    yield "hinge"
+    sys.modules.pop("dpo.losses.hinge", None)
+    dpo.losses.__dict__.pop("hinge", None)
+
+
+def test_the_guides_objective_obeys_the_laws_and_is_found_by_its_name(objective_of_the_guide: str):
+    assert objective_of_the_guide in dpo.losses.names()
+    check_objective(dpo.losses.find(objective_of_the_guide)())
+    with pytest.raises(ValueError, match=r"Hinge\.beta must be > 0, got 0"):
+        dpo.losses.find(objective_of_the_guide)(beta=0)  # pyright: ignore[reportCallIssue]
+
+
+def test_the_guides_test_passes_and_finds_a_wrong_margin(
+    objective_of_the_guide: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    space: dict[str, Any] = {}
+    exec(blocks(CONTRIBUTING, "python")[1], space)
+    tests = [value for name, value in space.items() if name.startswith("test_")]
+    assert len(tests) == 2
+    for test in tests:
+        test()
+    module = import_module("dpo.losses.hinge")
+    monkeypatch.setattr(module, "relu", lambda z: torch.relu(z + 1))
+    with pytest.raises(AssertionError):
+        space["test_hand_numbers"]()
+
+
+def test_the_guides_objective_can_be_trained_with(objective_of_the_guide: str, folder: Path, planned: list[Run]):
+    (command,) = re.findall(r"`(dpo train .*?)`", CONTRIBUTING)
+    done = CliRunner().invoke(app, shlex.split(command)[1:], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    assert type(planned[0].objective.build()).__name__ == "Hinge"
+
+
+def test_the_guides_format_is_recognised_once_it_is_in_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    module = import_module("dpo.data.recognise")
+    space = dict(vars(module))
+    exec(blocks(CONTRIBUTING, "python")[2], space)
+    duel = space["DUEL"]
+    (shown,) = re.findall(r"`(\{.*\"winner\".*\})`", CONTRIBUTING)
+    row = json.loads(shown)
+    assert recognise([Row(row, "x:1")]).name != "duel"
+    monkeypatch.setattr(module, "FORMATS", (duel, *FORMATS))
+    assert recognise([Row(row, "x:1")]).name == "duel"
+    tie, wrong = {**row, "winner": "tie", "prompt": "B"}, {**row, "winner": "c"}
+    other = {**row, "winner": "b", "prompt": "C"}
+    path = tmp_path / "duels.jsonl"
+    path.write_text("".join(json.dumps(one) + "\n" for one in (row, tie, other, wrong)), encoding="utf-8")
+    checked = check(DataConfig.model_validate({"train": str(path), "eval_share": 0}))
+    assert [(pair.chosen, pair.rejected) for record in checked.train for pair in record.pairs()] == [
+        ("Hello!", "What?"),
+        ("What?", "Hello!"),
+    ]
+    with pytest.raises(BadRow, match="winner is 'c', not a, b or tie"):
+        duel.convert(Row(wrong, "x:4"))
+
+
+def test_pre_commit_runs_the_commands_of_the_guide():
+    settings = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))
+    hooks = [hook for repo in settings["repos"] for hook in repo["hooks"]]
+    assert {repo["repo"] for repo in settings["repos"]} == {"local"}
+    assert all(hook["language"] == "system" for hook in hooks)
+    lines = blocks(CONTRIBUTING, "sh")[0].splitlines()[1:]
+    assert [hook["entry"] for hook in hooks] == [part.strip() for line in lines for part in line.split("&&")]
