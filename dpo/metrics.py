@@ -185,7 +185,7 @@ METRICS: Mapping[str, Metric] = _index(
         Metric(
             "memory/peak",
             "bytes",
-            "Most bytes tensors held on the GPU since the run began; on a CPU, the whole process's resident peak since then.",
+            "Most bytes tensors held on CUDA since the run began; elsewhere the whole process's resident peak.",
             deterministic=False,
             better="lower",
         ),
@@ -426,7 +426,7 @@ class WandbSink:
 
         folder.mkdir(parents=True, exist_ok=True)
         self._run = wandb.init(
-            dir=folder,
+            dir=folder.resolve(),  # its service process may stand in another folder
             project=redact_text(project),
             name=redact_text(name),
             group=redact_text(group),

@@ -122,8 +122,11 @@ def quickstart(fast: bool, output: Path) -> list[Result]:
     for panel in _answers(before, results):
         console.print(panel)
     _write(output, before, results)
-    console.print("Gold: sentiment of the model's own answers to held-out prompts, -1 to 1, with 95 % intervals.")
-    console.print("One seed and untuned settings: this shows that each objective works, not which one is best.")
+    console.print(
+        "Gold reward: sentiment of the model's own answers to held-out prompts, from -1 to 1; gain: over the start, "
+        "prompt by prompt; ± half of a 95 % interval; GiB: peak memory. One seed and untuned settings: this shows that "
+        "each objective works, not which one is best."
+    )
     for result in results:
         print(f"{result.run.name}: {result.folder}")
     return results
@@ -140,24 +143,29 @@ def gain(before: Spoken, after: Spoken) -> Estimate:
 def _table(before: Spoken, results: list[Result]) -> Table:
     start = before.estimates()
     table = Table(title="One start, one split, the same completions")
-    for heading in ("", "gold reward", "gain over start", "KL, nats", "pair accuracy", "tokens", "seconds", "peak GiB"):
+    for heading in ("", "gold reward", "gain", "KL, nats", "pair accuracy", "tokens", "seconds", "GiB"):
         table.add_column(heading, justify="left" if not heading else "right")
-    table.add_row("start", str(start["eval/gold_reward"]), "", "0", "", f"{start['eval/length'].value:.0f}", "", "")
+    table.add_row("start", _short(start["eval/gold_reward"]), "", "0", "", f"{start['eval/length'].value:.0f}", "", "")
     for result in results:
         assert result.spoken is not None
         after, measures = result.spoken.estimates(), result.summary["measures"]
         accuracy = Estimate(**measures["eval/reward/accuracy"])
         table.add_row(
             result.run.name,
-            str(after["eval/gold_reward"]),
-            str(gain(before, result.spoken)),
+            _short(after["eval/gold_reward"]),
+            _short(gain(before, result.spoken)),
             f"{after['kl/policy_reference'].value:.1f}",
-            f"{accuracy.value:.2f} [{accuracy.low:.2f}, {accuracy.high:.2f}]",
+            _short(accuracy),
             f"{after['eval/length'].value:.0f}",
             f"{result.summary['seconds']:.0f}",
             f"{result.summary['memory_peak_bytes'] / 2**30:.2f}",
         )
     return table
+
+
+def _short(estimate: Estimate) -> str:
+    """Fit a terminal of 80 columns; results.json holds the intervals' ends."""
+    return f"{estimate.value:.2f} ±{estimate.half_width:.2f}"
 
 
 def _answers(before: Spoken, results: list[Result]) -> list[Panel]:

@@ -90,9 +90,10 @@ def execute(
         raise ConfigError(f"{name}: model.lora=null trains the base itself, which is shared here. Use model.lora.")
     choose_device(runs[0].model.device)
     root, folders = _folders(runs, name)
-    checked = checked or check(runs[0].data)
-    for line in checked.report.lines():
-        log.info("%s", line)
+    if checked is None:
+        checked = check(runs[0].data)
+        for line in checked.report.lines():
+            log.info("%s", line)
     tokenizer = base.tokenizer if base is not None else load_tokenizer(runs[0].model)
     stages: list[_Stage] = []
     for run, folder in zip(runs, folders, strict=True):

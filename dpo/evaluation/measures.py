@@ -42,7 +42,7 @@ def mean(values: Sequence[float], seed: int = 0) -> Estimate:
     if data.size == 0:
         raise ValueError("mean: got no values, expected at least one")
     value = float(data.mean())
-    if data.size == 1 or np.ptp(data) == 0:
+    if data.size == 1 or np.ptp(data) < 1e-12:
         return Estimate(value, value, value, data.size)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", stats.DegenerateDataWarning)
