@@ -1,45 +1,36 @@
-"""Every metric's name, unit and estimator, once; the ledger that keeps them; the sinks that show them.
+"""Every metric's name, unit and estimator, once; the ledger that keeps their values.
 
 The names are the same whatever the objective, so that all runs lie on one chart. The ledger is the truth: two files of
 one JSON row per event, `metrics.jsonl` with what a repeated run repeats byte for byte and `performance.jsonl` with
-what it does not (seconds, bytes). Sinks such as Weights & Biases are copies: one that fails costs the run nothing.
+what it does not (seconds, bytes). Whatever shows the rows elsewhere is a copy, and lives in `dpo.sinks`.
 
 In the estimators below, "the step's batch" is every example of one optimiser step, all its micro-batches together,
 scored by the policy as it was BEFORE that step's update; "the evaluation set" is every held-out example, scored without
 dropout. A mean over examples gives each example the same weight. For judgements (KTO) read "desirable" for chosen and
-"undesirable" for rejected: a mean is then over the examples with that label, and is absent where there are none; over
-several micro-batches it is the mean of their values, weighted by their examples.
+"undesirable" for rejected: a mean is then over the examples with that label, and is absent where there are none.
 Log-probs are sums over completion tokens, in nats, and lengths are counted in completion tokens, EOS included.
 """
 
 import json
-import logging
 import math
 import os
-import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from netrc import NetrcParseError, netrc
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, BinaryIO, Literal, Protocol, TypeAlias, final
-from urllib.parse import urlsplit
+from typing import Any, BinaryIO, Literal, TypeAlias, final
 
-from dpo.errors import ConfigError, DataError, DPOError, nearest
+from dpo.errors import DataError, DPOError, nearest
 
 Kind: TypeAlias = Literal["train", "eval"]
 Row: TypeAlias = dict[str, int | float | str]
 """One event: `step` (optimiser steps done), `kind`, and the values by metric name."""
-Mode: TypeAlias = Literal["online", "offline", "disabled"]
 
 METRICS_FILE = "metrics.jsonl"
 PERFORMANCE_FILE = "performance.jsonl"
 CUSTOM = "custom/"
 """Prefix of the names that a user's own objective may emit; they must be deterministic."""
-
-_WANDB_SERVERS = {"api.wandb.ai", "api.forge.coreweave.com"}  # wandb's own, before and since version 0.31
-_log = logging.getLogger(__name__)
 
 
 @final
@@ -92,8 +83,8 @@ def _preference_metrics(prefix: str, examples: str) -> tuple[Metric, ...]:
         Metric(
             f"{prefix}kl/reference_point",
             "nats",
-            f"KTO's z: over each micro-batch of {examples}, the mean policy-reference log-ratio of completions paired "
-            "with other examples' prompts, floored at 0; then the mean over micro-batches by their examples.",
+            f"KTO's z: over {examples}, the mean policy-reference log-ratio of completions paired with other "
+            "examples' prompts, floored at 0.",
         ),
     )
 
@@ -335,216 +326,6 @@ def read(path: Path) -> list[Row]:
     with path.open("rb") as file:
         lines = enumerate(file, start=1)
         return [_parse(line, f"{path}:{number}") for number, line in lines if line.endswith(b"\n")]
-
-
-class Sink(Protocol):
-    """Somewhere to show the rows. It may raise: `SafeSink` keeps that away from the run."""
-
-    def log(self, row: Row) -> None:
-        """Show one event, the return value of `Ledger.append`."""
-        ...
-
-    def finish(self, summary: Mapping[str, int | float | str]) -> None:
-        """Add the run's final numbers and close."""
-        ...
-
-
-@final
-class SafeSink:
-    """A sink that cannot fail: the first exception is reported once, and the sink is closed and left alone."""
-
-    def __init__(self, name: str, build: Callable[[], Sink]) -> None:
-        """Build the sink; also a failing `build` is only reported."""
-        self._name = name
-        self._sink: Sink | None = None
-        try:
-            self._sink = build()
-        except Exception as error:
-            self._report(error)
-
-    def log(self, row: Row) -> None:
-        """Show one event, or do nothing once the sink has failed."""
-        self._attempt(lambda sink: sink.log(row))
-
-    def finish(self, summary: Mapping[str, int | float | str]) -> None:
-        """Close the sink, or do nothing once it has failed."""
-        self._attempt(lambda sink: sink.finish(summary))
-
-    def _attempt(self, action: Callable[[Sink], None]) -> None:
-        if self._sink is None:
-            return
-        try:
-            action(self._sink)
-        except Exception as error:
-            broken, self._sink = self._sink, None
-            self._report(error)
-            try:
-                broken.finish({})
-            except Exception as again:
-                _log.debug("%s could not be closed either: %r", self._name, again)
-
-    def _report(self, error: Exception) -> None:
-        _log.warning(
-            "%s failed and is off for the rest of the run; the run goes on and %s is complete: %s: %s",
-            self._name,
-            METRICS_FILE,
-            type(error).__name__,
-            redact_text(str(error)),
-        )
-
-
-@final
-class WandbSink:
-    """Weights & Biases: one log call per event, never its own step, offline where there is no key.
-
-    `train/global_step` is in every row and is the x-axis, so that the parts of a resumed run join. Of the evaluation
-    metrics that have a better direction the summary holds the last value and the best one.
-    """
-
-    def __init__(
-        self,
-        folder: Path,
-        project: str,
-        name: str,
-        group: str,
-        tags: Sequence[str],
-        config: Mapping[str, Any],
-        mode: Mode | None = None,
-    ) -> None:
-        """Start a wandb run.
-
-        Args:
-            folder: where wandb puts its own `wandb` folder.
-            project: the project, shared by everything that is to be compared.
-            name: this run's name.
-            group: the comparison it belongs to.
-            tags: objective, model and seed.
-            config: the resolved run; redacted before wandb sees it.
-            mode: None takes WANDB_MODE, else online where there is a key (environment or netrc), else offline.
-        """
-        import wandb
-
-        folder.mkdir(parents=True, exist_ok=True)
-        self._run = wandb.init(
-            dir=folder.resolve(),  # its service process may stand in another folder
-            project=redact_text(project),
-            name=redact_text(name),
-            group=redact_text(group),
-            tags=[redact_text(tag) for tag in tags],
-            config=redact(config),
-            job_type="train",
-            reinit="create_new",  # a run the user has open in the same process is not ours to end
-            mode=mode or _wandb_mode(),
-            # Without these wandb stores the console, the code, the command line and the host.
-            settings=wandb.Settings(
-                console="off", disable_git=True, disable_code=True, save_code=False, x_disable_machine_info=True
-            ),
-        )
-        self._run.define_metric("*", step_metric="train/global_step")
-        for axis in AXES:
-            self._run.define_metric(axis)
-        for metric in METRICS.values():
-            if metric.better is not None and metric.name.startswith("eval/"):
-                best = "max" if metric.better == "higher" else "min"
-                self._run.define_metric(metric.name, step_metric="train/global_step", summary=f"last,{best}")
-
-    def log(self, row: Row) -> None:
-        """Send one event in one call."""
-        values = {name: value for name, value in row.items() if name not in ("step", "kind")}
-        self._run.log({**values, "train/global_step": row["step"]})
-
-    def finish(self, summary: Mapping[str, int | float | str]) -> None:
-        """Add the final numbers to the summary and close the run; blocks until wandb has written them."""
-        self._run.summary.update(redact(summary))
-        self._run.finish()
-
-
-def sinks(
-    report_to: Sequence[str],
-    *,
-    folder: Path,
-    project: str,
-    name: str,
-    group: str,
-    tags: Sequence[str],
-    config: Mapping[str, Any],
-    mode: Mode | None = None,
-) -> tuple[Sink, ...]:
-    """Build the sinks that `report_to` names ("wandb"; "none" is no sink), each wrapped so that it cannot stop a run.
-
-    Raises:
-        ConfigError: an unknown name; the message holds the nearest one that exists.
-    """
-    builders: dict[str, Callable[[], Sink] | None] = {
-        "wandb": lambda: WandbSink(folder, project, name, group, tags, config, mode),
-        "none": None,
-    }
-    for wanted in report_to:
-        if wanted not in builders:
-            raise ConfigError(
-                f"report_to: got {wanted!r}, expected some of {', '.join(builders)}.{nearest(wanted, builders)}"
-            )
-    return tuple(SafeSink(wanted, build) for wanted in report_to if (build := builders[wanted]) is not None)
-
-
-_HIDDEN = "[redacted]"
-# A key that names a secret. A tokenizer is none, nor is a number under a plural such as max_tokens.
-_SECRET_KEY = re.compile(r"tokens?(?!i[sz])|secret|api[_-]?key|password", re.IGNORECASE)
-# Hugging Face tokens; the sk-... keys of model vendors; 40 hex digits, as wandb's keys are.
-_SECRET_VALUE = re.compile(
-    r"(?<![A-Za-z0-9])(?:hf_[A-Za-z0-9]{4,}|sk-[A-Za-z0-9_-]{4,}|[0-9a-f]{40}(?![A-Za-z0-9]))", re.IGNORECASE
-)
-
-
-def redact(mapping: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a copy as plain data (dicts, lists, numbers, text) in which every secret reads "[redacted]".
-
-    A value is a secret when its key says so (token, secret, api key, password) unless it is None or a truth value, and
-    text is one where it looks like a key. Rather a harmless value too many than a secret too few: a 40-digit commit
-    hash goes as well.
-    """
-    return {str(key): _HIDDEN if _is_secret(str(key), value) else _redacted(value) for key, value in mapping.items()}
-
-
-def redact_text(text: str) -> str:
-    """Return the text with every part that looks like a key replaced by "[redacted]"."""
-    return _SECRET_VALUE.sub(_HIDDEN, text)
-
-
-def _redacted(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return redact(value)
-    if isinstance(value, list | tuple | set | frozenset):
-        return [_redacted(one) for one in value]
-    if value is None or isinstance(value, bool | int | float):
-        return value
-    return redact_text(str(value))
-
-
-def _is_secret(key: str, value: Any) -> bool:
-    named = _SECRET_KEY.search(key)
-    if named is None or value is None or isinstance(value, bool):
-        return False
-    return not (named[0].lower() == "tokens" and isinstance(value, int | float))
-
-
-def _wandb_mode() -> Mode:
-    """WANDB_MODE, else online where there is a key in the environment or in netrc, else offline.
-
-    wandb is not asked: its login answers only after writing the user's settings file and calling its server.
-    """
-    given = os.environ.get("WANDB_MODE")
-    if given in ("online", "offline", "disabled"):
-        return given
-    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
-        return "online"
-    server = urlsplit(os.environ.get("WANDB_BASE_URL", "")).hostname
-    try:
-        known = netrc(os.environ.get("NETRC") or Path.home() / ".netrc").hosts
-    except (OSError, NetrcParseError) as error:
-        _log.debug("no wandb key in netrc: %s", error)
-        return "offline"
-    return "online" if known.keys() & ({server} if server else _WANDB_SERVERS) else "offline"
 
 
 def _find(name: str) -> Metric:
