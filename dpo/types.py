@@ -36,8 +36,9 @@ class PairLogps:
 class JudgementLogps:
     """Log-probs of single completions, each judged desirable or not.
 
-    The mismatched fields score a completion of ANOTHER prompt under this prompt: KTO estimates its KL reference
-    point from them. They are None for objectives that do not ask for them.
+    The mismatched fields score completions of OTHER prompts: KTO estimates its KL reference point from them. They are
+    those of a whole optimiser step, of which this record may be one micro-batch, and an objective may use them as a
+    mean alone. They are None for objectives that do not ask for them.
     """
 
     policy: Float[Tensor, " batch"]
@@ -45,8 +46,8 @@ class JudgementLogps:
     desirable: Bool[Tensor, " batch"]
     length: Shaped[Tensor, " batch"]
     """Completion tokens, EOS included (>= 1)."""
-    policy_mismatched: Float[Tensor, " batch"] | None
-    reference_mismatched: Float[Tensor, " batch"] | None
+    policy_mismatched: Float[Tensor, " step"] | None
+    reference_mismatched: Float[Tensor, " step"] | None
     weight: Float[Tensor, " batch"] | None = None
 
 

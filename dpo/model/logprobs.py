@@ -1,12 +1,13 @@
 """The log-prob engine: log-probs of completion tokens, full logits never materialised.
 
-A vocabulary of 49,152 in float32 makes the logits of one 2 x 1024-token pair 400 MB; only completion positions
-need any, and only one number each. `token_logprobs` walks over them in chunks and, where the head is frozen, forms the
-gradient with respect to the hidden state at once, so that the backward pass is one multiplication per token.
+A vocabulary of 49,152 in float32 makes the logits of one 2 x 1024-token pair 400 MB; only completion positions need
+any, and only one number each. `token_scores` walks over tokens and vocabulary in tiles that stay in the processor's
+cache and, where the head is frozen, forms the gradient with respect to the hidden state on the way, so that the
+backward pass is one multiplication per token.
 """
 
 from dataclasses import dataclass
-from typing import Any, final
+from typing import Any, cast, final
 
 import torch
 from jaxtyping import Float, Int
@@ -15,9 +16,13 @@ from torch.utils.checkpoint import checkpoint
 
 from dpo.errors import ModelError
 from dpo.model.forest import Forest, Group
+from dpo.model.tree_attention import inputs
 
-CHUNK = 256
-"""Tokens whose logits exist at one time: at 256 the time equals full logits and the memory is a quarter."""
+CHUNK = 512
+"""Tokens whose logits are in the making at one time."""
+
+TILE = {"cpu": 2**20, "cuda": 2**26}
+"""Logits that exist at one time: 4 MiB in float32 on a CPU, to stay in its cache; few large kernels on a GPU."""
 
 
 @final
@@ -56,12 +61,26 @@ class Head:
             softcap=getattr(config, "final_logit_softcapping", None),
         )
 
-    def logits(self, hidden: Float[Tensor, "tokens hidden"]) -> Float[Tensor, "tokens vocabulary"]:
-        """Return logits in float32 (float64 for float64 input)."""
-        logits = hidden @ self.weight.t()
-        logits = logits if logits.dtype == torch.float64 else logits.float()
-        if self.bias is not None:
-            logits = logits + self.bias.to(logits.dtype)
+    def logits(
+        self, hidden: Float[Tensor, "tokens hidden"], columns: slice = slice(None)
+    ) -> Float[Tensor, "tokens columns"]:
+        """Return logits in float32 (float64 for float64 input), of all tokens of the vocabulary or of some.
+
+        In half precision they have been rounded on the way, in bfloat16 to steps of 1/8 at 16.
+        """
+        product = hidden @ self.weight[columns].t()
+        return self._shaped(product.to(wide_dtype(product)), None if self.bias is None else self.bias[columns])
+
+    def of_targets(
+        self, hidden: Float[Tensor, "tokens hidden"], rows: Float[Tensor, "tokens hidden"], target: Tensor
+    ) -> Float[Tensor, "tokens 1"]:
+        """Return each token's logit of its target, summed in float32; `rows` are the targets' weights in it."""
+        logits = (hidden.to(rows.dtype) * rows).sum(1, keepdim=True)
+        return self._shaped(logits, None if self.bias is None else self.bias[target].unsqueeze(1))
+
+    def _shaped(self, logits: Tensor, bias: Tensor | None) -> Tensor:
+        if bias is not None:
+            logits = logits + bias.to(logits.dtype)
         if self.scale != 1.0:
             logits = logits * self.scale
         if self.softcap is not None:
@@ -69,68 +88,142 @@ class Head:
         return logits
 
 
-class _FrozenHeadLogprob(torch.autograd.Function):
-    """Log-probs through a frozen head; the forward pass also forms d log-prob / d hidden."""
+def wide_dtype(tensor: Tensor) -> torch.dtype:
+    """Return the dtype that log-probs are summed in: float32, or float64 for float64."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+class _FrozenHead(torch.autograd.Function):
+    """Log-probs and entropies through a frozen head; the forward pass also forms d log-prob / d hidden.
+
+    One pass over the vocabulary in tiles, with a running maximum m (Milakov and Gimelshein, arXiv:1805.02867). With
+    rest = sum over v != y of exp(z_v - m) and total = rest + exp(z_y - m),
+
+        d log p(y) / d h = scale * (rest / total * s_y W_y - 1 / total * sum over v != y of exp(z_v - m) s_v W_v),
+
+    where s = 1 - (z / softcap)^2, or 1. The label stays out of the sum, so that nothing cancels where p(y) is near
+    1; its own logit is summed in float32, which takes some of bfloat16's noise out of the log-prob.
+    """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head: Head, target: Tensor, chunk: int, keep_gradient: bool) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, head: Head, target: Tensor, chunk: int, keep_gradient: bool, entropy: bool
+    ) -> tuple[Tensor, Tensor | None]:
         # ctx.needs_input_grad is true even under no_grad, hence the explicit flag.
-        wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        wide = wide_dtype(hidden)
         logprobs = torch.empty(hidden.shape[0], dtype=wide, device=hidden.device)
+        entropies = torch.empty_like(logprobs) if entropy else None
         gradient = torch.empty_like(hidden) if keep_gradient else None
         for start in range(0, hidden.shape[0], chunk):
             rows = slice(start, start + chunk)
-            label = target[rows].unsqueeze(1)
-            logits = head.logits(hidden[rows])
-            of_label = logits.gather(1, label)
-            top = logits.amax(-1, keepdim=True)
-            slope = None
-            if gradient is not None and head.softcap is not None:
-                slope = 1 - (logits / head.softcap) ** 2  # d softcap * tanh(x / softcap) / dx = 1 - tanh^2
-            unnormalised = logits.sub_(top).exp_()
-            total = unnormalised.sum(-1, keepdim=True)
-            logprobs[rows] = (of_label - top - total.log()).squeeze(1)
-            if gradient is None:
-                continue
-            # d log p(y) / dz = 1[y] - softmax(z), kept unnormalised in the wide type until the last moment
-            unnormalised.scatter_add_(1, label, -total)
-            if slope is not None:
-                unnormalised *= slope
-            product = unnormalised.to(head.weight.dtype) @ head.weight
-            gradient[rows] = (product.to(wide) * (-head.scale / total)).to(gradient.dtype)
+            part = _frozen_chunk(hidden[rows], head, target[rows], keep_gradient, entropy, wide)
+            logprobs[rows] = part[0]
+            if gradient is not None:
+                gradient[rows] = part[1]
+            if entropies is not None:
+                entropies[rows] = part[2]
         if gradient is not None:
             ctx.save_for_backward(gradient)
-        return logprobs
+        if entropies is not None:
+            ctx.mark_non_differentiable(entropies)
+        return logprobs, entropies
 
     @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return gradient * upstream[0].unsqueeze(1).to(gradient.dtype), None, None, None, None
+        weight = cast("Tensor", upstream[0])
+        return gradient * weight.unsqueeze(1).to(gradient.dtype), None, None, None, None, None
 
 
-def _recomputed(hidden: Float[Tensor, "tokens hidden"], target: Int[Tensor, " tokens"], head: Head) -> Tensor:
-    return head.logits(hidden).log_softmax(-1).gather(1, target.unsqueeze(1)).squeeze(1)
+def _frozen_chunk(
+    hidden: Tensor, head: Head, target: Tensor, keep_gradient: bool, entropy: bool, wide: torch.dtype
+) -> tuple[Tensor, Any, Any]:
+    """Return log-probs, their gradient with respect to `hidden`, and entropies; the latter two where asked for."""
+    tokens, vocabulary = hidden.shape[0], head.weight.shape[0]
+    tile = max(1, TILE.get(hidden.device.type, TILE["cpu"]) // tokens)
+    lowest = torch.finfo(wide).min  # finite, so that no difference of two of them is NaN
+    top = hidden.new_full((tokens, 1), lowest, dtype=wide)
+    rest, moment = top.new_zeros(tokens, 1), top.new_zeros(tokens, 1)
+    rows = head.weight[target].to(wide)
+    of_label = head.of_targets(hidden, rows, target)
+    pull = hidden.new_zeros(hidden.shape, dtype=wide) if keep_gradient else None
+    for start in range(0, vocabulary, tile):
+        columns = slice(start, min(start + tile, vocabulary))
+        logits = head.logits(hidden, columns)
+        here = ((target >= columns.start) & (target < columns.stop)).unsqueeze(1)
+        place = (target - columns.start).clamp(0, logits.shape[1] - 1).unsqueeze(1)
+        slope = None
+        if keep_gradient and head.softcap is not None:  # d softcap * tanh(x / softcap) / dx = 1 - tanh^2
+            slope = 1 - (logits / head.softcap).square()
+        logits.scatter_(1, place, torch.where(here, lowest / 2, logits.gather(1, place)))
+        higher = torch.maximum(top, logits.amax(1, keepdim=True))
+        rise, top = top - higher, higher
+        mass = logits.sub_(top)
+        if entropy:  # sum of exp(u) u over u = z - m, moved to the new maximum
+            moment = rise.exp() * (moment + rise * rest) + (mass.exp() * mass).sum(1, keepdim=True)
+        mass = mass.exp_()
+        rest = rise.exp() * rest + mass.sum(1, keepdim=True)
+        if pull is not None:
+            mass = mass if slope is None else mass * slope
+            pull.mul_(rise.exp()).add_(mass.to(head.weight.dtype) @ head.weight[columns])
+        del logits, mass  # before the next tile is made
+    higher = torch.maximum(top, of_label)
+    shrink, of_top = (top - higher).exp(), (of_label - higher).exp()
+    total = shrink * rest + of_top
+    logprobs = (of_label - higher - total.log()).squeeze(1)
+    gradient = entropies = None
+    if pull is not None:
+        slope = 1.0 if head.softcap is None else 1 - (of_label / head.softcap).square()
+        gradient = ((rows * (rest * slope) - pull) * (head.scale * shrink / total)).to(hidden.dtype)
+    if entropy:
+        rise, of_own = top - higher, of_label - higher
+        moment = shrink * (moment + rise * rest) + of_top * of_own
+        entropies = (total.log() - moment / total).squeeze(1)
+    return logprobs, gradient, entropies
 
 
-def token_logprobs(
-    hidden: Float[Tensor, "tokens hidden"], target: Int[Tensor, " tokens"], head: Head, chunk: int = CHUNK
-) -> Float[Tensor, " tokens"]:
-    """Return log p(target | hidden) in nats, float32 (float64 for float64 input), differentiable in `hidden`.
+def _recomputed(
+    hidden: Float[Tensor, "tokens hidden"], target: Int[Tensor, " tokens"], head: Head, entropy: bool
+) -> tuple[Tensor, Tensor]:
+    logprobs = head.logits(hidden).log_softmax(-1)
+    known = logprobs.detach()
+    entropies = -(known.exp() * known).sum(-1) if entropy else known.new_zeros(len(known))
+    return logprobs.gather(1, target.unsqueeze(1)).squeeze(1), entropies
+
+
+@final
+@dataclass(frozen=True)
+class TokenScores:
+    """What the head says of each completion token."""
+
+    logprobs: Float[Tensor, " tokens"]
+    """log p(target) in nats, float32 (float64 for float64 input), differentiable in the hidden states."""
+    entropies: Float[Tensor, " tokens"] | None
+    """Entropy of the whole distribution there, in nats, without gradient; None where not asked for."""
+
+
+def token_scores(
+    hidden: Float[Tensor, "tokens hidden"],
+    target: Int[Tensor, " tokens"],
+    head: Head,
+    chunk: int = CHUNK,
+    entropy: bool = False,
+) -> TokenScores:
+    """Score target tokens from the hidden states that predict them.
 
     A head that is itself trained takes the variant that recomputes each chunk's logits in the backward pass.
     """
     hidden = hidden.to(head.weight.dtype)
     if head.weight.requires_grad or (head.bias is not None and head.bias.requires_grad):
-        if not torch.is_grad_enabled():
-            parts = [_recomputed(h, t, head) for h, t in zip(hidden.split(chunk), target.split(chunk), strict=True)]
+        pieces = zip(hidden.split(chunk), target.split(chunk), strict=True)
+        if torch.is_grad_enabled():
+            parts = [checkpoint(_recomputed, h, t, head, entropy, use_reentrant=False) for h, t in pieces]
         else:
-            parts = [
-                checkpoint(_recomputed, h, t, head, use_reentrant=False)
-                for h, t in zip(hidden.split(chunk), target.split(chunk), strict=True)
-            ]
-        return torch.cat(parts)
+            parts = [_recomputed(h, t, head, entropy) for h, t in pieces]
+        logprobs, entropies = (torch.cat(column) for column in zip(*parts, strict=True))
+        return TokenScores(logprobs, entropies if entropy else None)
     keep_gradient = torch.is_grad_enabled() and hidden.requires_grad
-    return _FrozenHeadLogprob.apply(hidden, head, target, chunk, keep_gradient)  # pyright: ignore[reportReturnType]
+    return TokenScores(*_FrozenHead.apply(hidden, head, target, chunk, keep_gradient, entropy))  # pyright: ignore[reportGeneralTypeIssues]
 
 
 @final
@@ -144,24 +237,22 @@ class CompletionLogps:
     """Summed over each completion's tokens."""
     lengths: Int[Tensor, " completions"]
     """Completion tokens."""
+    entropies: Float[Tensor, " tokens"] | None = None
+    """Entropy in nats where each token is predicted, without gradient; None where not asked for."""
 
 
-def completion_logps(network: Any, forest: Forest, chunk: int = CHUNK) -> CompletionLogps:
+def completion_logps(network: Any, forest: Forest, chunk: int = CHUNK, entropy: bool = False) -> CompletionLogps:
     """Score a forest with a causal language model in whatever role it stands.
 
-    `network` is a bare transformers model (adapters injected or not) on the device of `forest`.
+    `network` is a bare transformers model (adapters injected or not) on the device of `forest`; a packed forest needs
+    one whose attention `dpo.model.layout` has set.
     """
     backbone = network.base_model  # the model without its head; adapters live inside it
-    hidden = backbone(
-        input_ids=forest.input_ids,
-        attention_mask=forest.attention_mask.long(),
-        position_ids=forest.position_ids,
-        use_cache=False,
-    ).last_hidden_state
+    hidden = backbone(**inputs(forest)).last_hidden_state
     selected = hidden.reshape(-1, hidden.shape[-1]).index_select(0, forest.source)
-    tokens = token_logprobs(selected, forest.target, Head.of(network), chunk)
-    sums = tokens.new_zeros(forest.completions).index_add(0, forest.sequence, tokens)
-    return CompletionLogps(tokens=tokens, sums=sums, lengths=forest.lengths)
+    scored = token_scores(selected, forest.target, Head.of(network), chunk, entropy)
+    sums = scored.logprobs.new_zeros(forest.completions).index_add(0, forest.sequence, scored.logprobs)
+    return CompletionLogps(scored.logprobs, sums, forest.lengths, scored.entropies)
 
 
 def check_head(network: Any, tolerance: float) -> None:
@@ -169,7 +260,7 @@ def check_head(network: Any, tolerance: float) -> None:
 
     Args:
         network: a causal language model.
-        tolerance: largest admissible difference of a token's log-prob, in nats.
+        tolerance: largest admissible difference of a token's log-prob, in nats, rounding of the logits aside.
 
     Raises:
         ModelError: where they differ: the model does something between hidden state and logits that `Head` does not
@@ -182,6 +273,7 @@ def check_head(network: Any, tolerance: float) -> None:
         ours = completion_logps(network, forest).tokens
         logits = network(input_ids=forest.input_ids, use_cache=False).logits[0, :-1]
         own = logits.to(ours.dtype).log_softmax(-1).gather(1, forest.target.unsqueeze(1)).squeeze(1)
+    tolerance += torch.finfo(network.dtype).eps * logits.abs().max().item()  # the model's own are rounded
     worst = (own - ours).abs().max().item()
     if not worst <= tolerance:
         raise ModelError(

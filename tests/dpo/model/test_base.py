@@ -4,6 +4,8 @@ import json
 import math
 import shutil
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import peft
@@ -12,7 +14,7 @@ import torch
 from peft import PeftModel
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 from dpo.errors import ModelError
 from dpo.model.base import LanguageModel, ModelConfig, check_adapter, choose_device, choose_dtype, load_base
@@ -34,6 +36,26 @@ def weights(model: LanguageModel) -> list[torch.Tensor]:
 
 def equal(some: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
     return all(torch.equal(one, two) for one, two in zip(some, other, strict=True))
+
+
+def comes_back(model: LanguageModel, perturb: Callable[[LanguageModel], None], folder: Path) -> None:
+    """What was saved is restored, whatever became of the weights since."""
+    perturb(model)
+    before = weights(model)
+    model.save(folder)
+    perturb(model)
+    assert not equal(weights(model), before)
+    model.restore(folder)
+    assert equal(weights(model), before)
+
+
+@contextmanager
+def rewriting(adapter: Path) -> Iterator[dict[str, torch.Tensor]]:
+    """The adapter's saved weights by name, written back as they are left."""
+    file = adapter / "adapter_model.safetensors"
+    state = load_file(file)
+    yield state
+    save_file(state, file)
 
 
 @pytest.fixture(scope="module")
@@ -191,6 +213,22 @@ class TestRoles:
         logits(model, "reference")
         assert not model.network.training
 
+    def test_offloading_copies_activations_and_no_weights(self, start, perturb, monkeypatch):
+        model = start(activation_offload=True)
+        copied = []
+        empty_like = torch.empty_like
+        monkeypatch.setattr(torch, "empty_like", lambda one, **more: copied.append(one) or empty_like(one, **more))
+        layer = model.network.model.layers[0].mlp.down_proj.get_base_layer()
+        x = torch.randn(2, layer.in_features, requires_grad=True)
+        with model.keeping():
+            y = (layer(x) * x.sum()).square().sum()
+        kept = {tuple(one.shape) for one in copied}
+        assert (2, layer.out_features) in kept
+        assert tuple(layer.weight.shape) not in kept
+        x.data.zero_()  # what the backward pass reads is the copy
+        y.backward()
+        assert x.grad.abs().sum() > 0
+
     def test_gradient_checkpointing_changes_no_gradient(self, start, perturb, monkeypatch):
         found = []
         for on in (False, True):
@@ -202,6 +240,52 @@ class TestRoles:
             found.append(torch.autograd.grad(completion_logps(model.network, FOREST).sums.sum(), model.parameters()))
             assert len(ran) == (2 if on else 1)  # once more in the backward pass
         assert equal(*found)
+
+
+class TestHalfPrecision:
+    """Adapters of a half-precision base compute in half precision, from float32 weights."""
+
+    @pytest.fixture
+    def found(self, start, perturb):
+        """Gradients and kept bytes of one pass, by dtype."""
+
+        def measured(**changes):
+            model = start(**changes)
+            perturb(model)
+            model.training()
+            kept = {}
+
+            def pack(tensor):
+                kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+                return tensor
+
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), model.role("policy") as network:
+                scored = completion_logps(network, FOREST).sums.sum()
+            gradient = torch.autograd.grad(scored, model.parameters())
+            assert all(one.dtype == torch.float32 for one in (*gradient, *model.parameters()))
+            return torch.cat([one.flatten() for one in gradient]), sum(kept.values())
+
+        return measured
+
+    @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+    def test_gradients_are_those_of_float32_up_to_rounding_and_half_as_much_is_kept(self, found, dtype, monkeypatch):
+        exact, _ = found(dtype="float32")
+        ours, lean = found(dtype=dtype)
+        assert (ours - exact).norm() / exact.norm() < 0.02
+        monkeypatch.setattr("dpo.model.base._mix_precision", lambda *_: False)  # as PEFT does it by itself
+        cast, copied = found(dtype=dtype)
+        assert (cast - exact).norm() / exact.norm() < 0.02
+        assert lean < 0.75 * copied
+
+    def test_full_weights_in_float16_are_refused(self, tiny_config):
+        config = tiny_config.model_copy(update={"dtype": "float16", "lora": None})
+        with pytest.raises(ModelError, match=r"model\.lora=null in float16: .* Use model\.dtype=float32"):
+            load_base(config)
+
+    def test_dora_is_left_in_float32(self, start):
+        model = start(dtype="bfloat16", lora={"dora": True})
+        with model.role("policy"):
+            assert not torch.is_autocast_enabled("cpu")
 
 
 class TestInits:
@@ -304,11 +388,9 @@ class TestStartingAdapter:
 
     @pytest.mark.parametrize("value", [torch.nan, torch.inf])
     def test_values_that_are_not_finite(self, start, adapter, value):
-        file = adapter / "adapter_model.safetensors"
-        state = load_file(file)
-        key = sorted(state)[-1]
-        state[key][0, 0] = value
-        save_file(state, file)
+        with rewriting(adapter) as state:
+            key = sorted(state)[-1]
+            state[key][0, 0] = value
         with pytest.raises(ModelError, match=f"{key} holds values that are not finite"):
             start(adapter=str(adapter))
 
@@ -318,24 +400,26 @@ class TestStartingAdapter:
         with pytest.raises(ModelError, match="it is damaged"):
             check_adapter(str(adapter))
 
-    def test_another_size_of_base(self, start, adapter, tiny_model_folder, tmp_path):
-        shutil.copytree(tiny_model_folder, tmp_path / "other")
-        settings = LlamaConfig.from_pretrained(tiny_model_folder)
-        settings.hidden_size, settings.head_dim = 48, 12
-        LlamaForCausalLM(settings).save_pretrained(tmp_path / "other")
+    def test_another_size_of_base(self, start, adapter, wide_model_folder):
         with pytest.raises(ModelError, match=r"do not fit this model \(.*size mismatch"):
-            start(name=str(tmp_path / "other"), adapter=str(adapter))
+            start(name=str(wide_model_folder), adapter=str(adapter))
 
     def test_another_kind_of_base(self, start, adapter, tiny_gpt2):
         with pytest.raises(ModelError, match=r"model.adapter='.*': .* cannot carry this adapter"):
             start(name=str(tiny_gpt2), adapter=str(adapter))
 
+    def test_a_base_is_bare_again_after_an_adapter_that_does_not_fit(self, tiny_config, adapter):
+        base = load_base(tiny_config)
+        before = set(base.network.state_dict())
+        with rewriting(adapter) as state:
+            del state[sorted(state)[0]]
+        with pytest.raises(ModelError, match="do not fit this model"):
+            LanguageModel.start(base, tiny_config.model_copy(update={"adapter": str(adapter)}), seed=0)
+        assert set(base.network.state_dict()) == before
+
     def test_missing_weights(self, start, adapter):
-        file = adapter / "adapter_model.safetensors"
-        state = load_file(file)
-        removed = sorted(state)[0]
-        del state[removed]
-        save_file(state, file)
+        with rewriting(adapter) as state:
+            del state[sorted(state)[0]]
         with pytest.raises(ModelError, match=r"do not fit this model \(missing \["):
             start(adapter=str(adapter))
 
@@ -376,13 +460,7 @@ class TestFullWeights:
             assert not any(parameter.requires_grad for parameter in network.parameters())
 
     def test_what_was_saved_comes_back(self, model, perturb, tmp_path):
-        perturb(model)
-        before = weights(model)
-        model.save(tmp_path)
-        perturb(model)
-        assert not equal(weights(model), before)
-        model.restore(tmp_path)
-        assert equal(weights(model), before)
+        comes_back(model, perturb, tmp_path)
 
     def test_the_base_cannot_be_given_back(self, model):
         with pytest.raises(ModelError, match="load it again for the next run"):
@@ -396,14 +474,7 @@ class TestFullWeights:
 class TestSave:
     @pytest.mark.parametrize("lora", [{}, {"dora": True}])
     def test_what_was_saved_comes_back(self, start, perturb, tmp_path, lora):
-        model = start(lora=lora)
-        perturb(model)
-        before = weights(model)
-        model.save(tmp_path)
-        perturb(model)
-        assert not equal(weights(model), before)
-        model.restore(tmp_path)
-        assert equal(weights(model), before)
+        comes_back(start(lora=lora), perturb, tmp_path)
 
     def test_another_rank_is_refused(self, start, adapter):
         with pytest.raises(ModelError, match=r"do not fit this model \(.*size mismatch"):

@@ -1,5 +1,6 @@
 """The engine equals a loop over full logits, values and gradients, and never holds full logits."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -21,9 +22,10 @@ from transformers import (
 )
 
 from dpo.errors import ModelError
+from dpo.model import logprobs as module
 from dpo.model.base import LanguageModel, load_base
 from dpo.model.forest import Forest, Group
-from dpo.model.logprobs import Head, check_head, completion_logps, token_logprobs
+from dpo.model.logprobs import Head, check_head, completion_logps, token_scores
 
 GROUPS = [
     Group((5, 6, 7), ((20, 21, 3), (30, 3))),
@@ -107,8 +109,8 @@ class TestAgainstNaive:
         target = torch.tensor([0, 10, 3, 3, 7, 1, 9])
         logits = head.logits(hidden)
         expected = logits.log_softmax(-1)[torch.arange(7), target]
-        torch.testing.assert_close(token_logprobs(hidden, target, head, chunk), expected, rtol=0, atol=1e-12)
-        assert torch.autograd.gradcheck(lambda h: token_logprobs(h, target, head, chunk), hidden)
+        torch.testing.assert_close(token_scores(hidden, target, head, chunk).logprobs, expected, rtol=0, atol=1e-12)
+        assert torch.autograd.gradcheck(lambda h: token_scores(h, target, head, chunk).logprobs, hidden)
 
     def test_the_head_formula(self):
         head = Head(torch.tensor([[2.0, 0.0], [0.0, 3.0]]), torch.tensor([1.0, -1.0]), scale=0.5, softcap=2.0)
@@ -127,18 +129,154 @@ class TestAgainstNaive:
         wanted = [tensor for tensor in (weight, bias, hidden) if tensor.requires_grad]
         head = Head(weight, bias, scale=0.5, softcap=3.0)
         mixed = torch.linspace(-1, 2, 7, dtype=torch.float64)
-        ours = torch.autograd.grad((mixed * token_logprobs(hidden, target, head, chunk)).sum(), wanted)
+        ours = torch.autograd.grad((mixed * token_scores(hidden, target, head, chunk).logprobs).sum(), wanted)
         logits = 3 * torch.tanh(0.5 * (hidden @ weight.t() + bias) / 3)
         values = logits.log_softmax(-1)[torch.arange(7), target]
         plain = torch.autograd.grad((mixed * values).sum(), wanted)
         for one, other in zip(ours, plain, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
         with torch.no_grad():
-            torch.testing.assert_close(token_logprobs(hidden, target, head, chunk), values.detach())
+            torch.testing.assert_close(token_scores(hidden, target, head, chunk).logprobs, values.detach())
 
     def test_sixteen_bit_weights_give_float32_sums(self):
         head = Head(torch.randn(11, 5).bfloat16())
-        assert token_logprobs(torch.randn(4, 5), torch.arange(4), head).dtype == torch.float32
+        assert token_scores(torch.randn(4, 5), torch.arange(4), head).logprobs.dtype == torch.float32
+
+
+def scores(hidden, target, weight, bias=None, scale=1.0, softcap=None):
+    """Log-probs and entropies by the definition, from full logits."""
+    logits = hidden @ weight.t()
+    logits = scale * (logits if bias is None else logits + bias)
+    logits = logits if softcap is None else softcap * (logits / softcap).tanh()
+    logprobs = logits - logits.exp().sum(-1, keepdim=True).log()
+    return logprobs[torch.arange(len(target)), target], -(logprobs.exp() * logprobs).sum(-1)
+
+
+class TestTiles:
+    """A frozen head walks over the vocabulary in tiles; how wide they are changes nothing."""
+
+    target = torch.tensor([0, 10, 3, 3, 7, 1, 9])
+
+    @pytest.fixture
+    def columns(self, monkeypatch):
+        """Set the width of a tile, for the seven tokens here."""
+        return lambda count: monkeypatch.setattr(module, "TILE", {"cpu": 7 * count})
+
+    @pytest.mark.parametrize("count", [1, 3, 5, 10, 11, 100])  # of 11: 5 and 10 leave token 10 a tile of its own
+    @pytest.mark.parametrize("scale", [1.0, 0.4])
+    @pytest.mark.parametrize("softcap", [None, 2.0])
+    @pytest.mark.parametrize("biased", [False, True])
+    def test_any_width(self, columns, biased, softcap, scale, count):
+        columns(count)
+        torch.manual_seed(0)
+        weight = 2 * torch.randn(11, 5, dtype=torch.float64)
+        bias = torch.randn(11, dtype=torch.float64) if biased else None
+        hidden = torch.randn(7, 5, dtype=torch.float64, requires_grad=True)
+        ours = token_scores(hidden, self.target, Head(weight, bias, scale, softcap), entropy=True)
+        logprobs, entropies = scores(hidden, self.target, weight, bias, scale, softcap)
+        torch.testing.assert_close(ours.logprobs, logprobs, rtol=0, atol=1e-12)
+        torch.testing.assert_close(ours.entropies, entropies.detach(), rtol=0, atol=1e-12)
+        mixed = torch.linspace(-1, 2, 7, dtype=torch.float64)
+        (slope,) = torch.autograd.grad((mixed * ours.logprobs).sum(), hidden)
+        (expected,) = torch.autograd.grad((mixed * logprobs).sum(), hidden)
+        torch.testing.assert_close(slope, expected, rtol=0, atol=1e-12)
+
+    @pytest.mark.parametrize("count", [1, 4, 11])
+    def test_gradcheck(self, columns, count):
+        columns(count)
+        torch.manual_seed(0)
+        head = Head(torch.randn(11, 5, dtype=torch.float64), None, 0.7, 3.0)
+        hidden = torch.randn(7, 5, dtype=torch.float64, requires_grad=True)
+        assert torch.autograd.gradcheck(lambda h: token_scores(h, self.target, head).logprobs, hidden)
+
+    @pytest.mark.parametrize("count", [1, 2, 4])
+    @pytest.mark.parametrize("order", [[0, 1, 2, 3], [3, 2, 1, 0], [2, 0, 3, 1]])
+    def test_extreme_logits(self, columns, order, count):
+        columns(count)
+        logits = torch.tensor([1e4, -1e4, 9999.0, 0.0])[order]
+        hidden = torch.ones(7, 1, requires_grad=True)
+        target = torch.tensor([0, 1, 2, 3, 0, 1, 2])
+        ours = token_scores(hidden, target, Head(logits.unsqueeze(1)), entropy=True)
+        # The two highest differ by one nat: p = 1 / (1 + 1/e), and 1/(e + 1); the others are out of their sight.
+        rest = math.log1p(math.exp(-1))
+        torch.testing.assert_close(ours.logprobs.detach(), logits[target] - 1e4 - rest, rtol=1e-6, atol=1e-6)
+        low = 1 / (math.e + 1)
+        assert ours.entropies.tolist() == pytest.approx([rest + low] * 7, abs=1e-5)
+        ours.logprobs.sum().backward()
+        torch.testing.assert_close(hidden.grad.squeeze(1), logits[target] - 1e4 + low, rtol=1e-5, atol=1e-3)
+
+    @pytest.mark.parametrize("count", [1, 3, 11])
+    @pytest.mark.parametrize(
+        ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)], ids=["float32", "bfloat16"]
+    )
+    def test_gradients_of_tokens_that_are_almost_certain(self, columns, dtype, tolerance, count):
+        """W_y and the mean of W are alike to twenty digits: left in the sum, the label would cancel to nothing."""
+        columns(count)
+        torch.manual_seed(0)
+        weight = torch.randn(11, 5)
+        weight[:, 0] = torch.arange(11.0)  # the logits, which sixteen bits hold exactly
+        hidden = torch.zeros(7, 5)
+        hidden[:, 0] = 1
+        weight, hidden = weight.to(dtype), hidden.to(dtype)
+        for label in range(11):
+            certain = weight.clone()
+            certain[label, 0] = 56
+            ours, exact = (one.detach().clone().requires_grad_() for one in (hidden, hidden.double()))
+            target = torch.full((7,), label)
+            token_scores(ours, target, Head(certain)).logprobs.sum().backward()
+            wide = certain.double()
+            others = (exact @ wide.t()).softmax(-1).index_fill(1, torch.tensor([label]), 0)
+            expected = others.sum(1, keepdim=True) * wide[label] - others @ wide
+            assert expected.norm() < 1e-15
+            assert (ours.grad.double() - expected).norm() <= tolerance * expected.norm()
+
+    def test_the_plain_formula_loses_them(self):
+        logits = torch.tensor([[0.0, 1.0, 30.0]])
+        weight = torch.randn(3, 5)
+        lost = weight[2] - logits.softmax(-1) @ weight
+        wide = logits.double().softmax(-1)[:, :2]
+        expected = wide.sum() * weight[2].double() - wide @ weight[:2].double()
+        assert (lost - expected).norm() > 0.5 * expected.norm()
+
+
+class TestEntropies:
+    @pytest.mark.parametrize("trained", [False, True])
+    @pytest.mark.parametrize("chunk", [2, 256])
+    def test_are_those_of_the_definition_and_carry_no_gradient(self, trained, chunk):
+        torch.manual_seed(0)
+        hidden = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
+        weight = torch.randn(9, 4, dtype=torch.float64, requires_grad=trained)
+        target = torch.arange(5)
+        ours = token_scores(hidden, target, Head(weight, scale=1.5), chunk, entropy=True)
+        expected = scores(hidden, target, weight, scale=1.5)
+        torch.testing.assert_close(ours.entropies, expected[1].detach(), rtol=0, atol=1e-12)
+        assert not ours.entropies.requires_grad
+        torch.testing.assert_close(
+            torch.autograd.grad(ours.logprobs.sum(), hidden), torch.autograd.grad(expected[0].sum(), hidden)
+        )
+
+    @pytest.mark.parametrize("trained", [False, True])
+    def test_of_no_and_of_full_certainty(self, trained):
+        weight = torch.zeros(8, 2)
+        weight[3, 1] = 100
+        hidden = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+        ours = token_scores(hidden, torch.tensor([0, 3]), Head(weight.requires_grad_(trained)), entropy=True)
+        assert ours.entropies.tolist() == pytest.approx([math.log(8), 0], abs=1e-6)
+        assert ours.logprobs.tolist() == pytest.approx([-math.log(8), 0], abs=1e-6)
+
+    @pytest.mark.parametrize("trained", [False, True])
+    def test_only_where_asked_for(self, trained):
+        head = Head(torch.randn(5, 3, requires_grad=trained))
+        assert token_scores(torch.randn(2, 3), torch.tensor([0, 1]), head).entropies is None
+
+    def test_of_a_forest(self):
+        network = network_of("llama").eval().requires_grad_(False)
+        forest = Forest.padded(GROUPS, 0)
+        assert completion_logps(network, forest).entropies is None
+        ours = completion_logps(network, forest, entropy=True).entropies
+        logprobs = network(input_ids=forest.input_ids).logits.log_softmax(-1)
+        expected = -(logprobs.exp() * logprobs).sum(-1).flatten()[forest.source]
+        torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
 
 
 class TestPadding:
@@ -179,10 +317,10 @@ class TestMemory:
     def test_logits_exist_for_one_chunk_only(self, monkeypatch, hidden, trained):
         rows, saved = [], []
         logits = Head.logits
-        monkeypatch.setattr(Head, "logits", lambda self, h: rows.append(len(h)) or logits(self, h))
+        monkeypatch.setattr(Head, "logits", lambda self, h, *columns: rows.append(len(h)) or logits(self, h, *columns))
         weight = torch.randn(97, 16, requires_grad=trained)
         with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(tuple(t.shape)) or t, lambda t: t):
-            token_logprobs(hidden, torch.arange(600) % 97, Head(weight), chunk=64).sum().backward()
+            token_scores(hidden, torch.arange(600) % 97, Head(weight), chunk=64).logprobs.sum().backward()
         assert max(rows) == 64
         assert (600, 97) not in saved
         if not trained:
@@ -194,13 +332,29 @@ class TestMemory:
         monkeypatch.setattr(network.lm_head, "forward", lambda *_: pytest.fail("full logits"))
         completion_logps(network, Forest.padded(GROUPS, 0)).sums.sum().backward()
 
+    @pytest.mark.parametrize("wanted", [False, True])
+    def test_a_frozen_head_makes_a_tile_of_logits_at_most(self, monkeypatch, largest, wanted):
+        monkeypatch.setattr(module, "TILE", {"cpu": 64 * 150})
+        hidden, head = torch.randn(600, 8, requires_grad=wanted), Head(torch.randn(997, 8))
+        with largest:
+            scored = token_scores(hidden, torch.arange(600), head, chunk=64, entropy=True)
+            if wanted:
+                scored.logprobs.sum().backward()
+        assert largest.elements == 64 * 150  # more than the weights' 997 x 8, less than a chunk's 64 x 997
+
+    def test_a_trained_head_makes_a_chunk_of_logits_at_most(self, largest):
+        hidden, weight = torch.randn(600, 8, requires_grad=True), torch.randn(997, 8, requires_grad=True)
+        with largest:
+            token_scores(hidden, torch.arange(600), Head(weight), chunk=64, entropy=True).logprobs.sum().backward()
+        assert largest.elements == 64 * 997
+
     def test_no_gradient_buffer_where_none_is_wanted(self, monkeypatch, hidden):
         head, target = Head(torch.randn(97, 16)), torch.arange(600) % 97
-        expected = token_logprobs(hidden, target, head).detach()
+        expected = token_scores(hidden, target, head).logprobs.detach()
         monkeypatch.setattr(torch, "empty_like", lambda *_: pytest.fail("a gradient buffer"))
         with torch.no_grad():
-            assert torch.equal(token_logprobs(hidden, target, head), expected)
-        assert torch.equal(token_logprobs(hidden.detach(), target, head), expected)
+            assert torch.equal(token_scores(hidden, target, head).logprobs, expected)
+        assert torch.equal(token_scores(hidden.detach(), target, head).logprobs, expected)
 
 
 class TestRefusals:
@@ -232,6 +386,6 @@ class TestRefusals:
 
     def test_shapes_are_executed(self):
         with pytest.raises(TypeCheckError):
-            token_logprobs(torch.randn(4, 5), torch.arange(3), Head(torch.randn(11, 5)))
+            token_scores(torch.randn(4, 5), torch.arange(3), Head(torch.randn(11, 5)))
         with pytest.raises(TypeCheckError):
             Head(torch.randn(11, 5), torch.randn(10))
