@@ -42,6 +42,12 @@ def pytest_unconfigure() -> None:
     shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)
 
 
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep every test's reference log-probs to itself, and all of them out of the user's cache."""
+    monkeypatch.setenv("DPO_LAB_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
 @pytest.fixture(scope="session")
 def make_tokenizer() -> MakeTokenizer:
     """A byte-level BPE tokenizer: every text survives encoding and decoding."""

