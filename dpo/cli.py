@@ -1,10 +1,14 @@
 """The command line: thin. Every command reads its arguments and calls one function of the rooms below."""
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from dpo.settings import Run
 
 app = typer.Typer(
     help="Align a language model on one GPU: one preference dataset, any objective, an honest comparison.",
@@ -32,22 +36,57 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 def train_command(
     context: typer.Context,
     what: Annotated[str, typer.Argument(metavar="RECIPE|FILE", help="A recipe's name, or a YAML file of a run.")],
+    plan_only: Annotated[
+        bool,
+        typer.Option("--plan", help="Train nothing: print the memory it would take, and what fits. Loads no data."),
+    ] = False,
+    gpu: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="With --plan: the card to plan for, 24GB say; else this machine.")
+    ] = None,
     debug: Debug = False,
 ) -> None:
     """Train a recipe or a run file, with key=value (or --key=value) overrides. Run again, it goes on."""
     from dpo import recipes
+    from dpo.errors import ConfigError
     from dpo.run import execute, show, speaking
     from dpo.settings import plan, read_overrides, read_run
 
     with speaking(debug):
+        if gpu is not None and not plan_only:
+            raise ConfigError(f"--gpu: got {gpu!r} without --plan, expected both. A run takes the card that is there.")
         overrides = read_overrides(context.args)
         if Path(what).suffix in (".yaml", ".yml"):
             runs = read_run(Path(what), overrides)
             name = runs[0].name
         else:
             runs, name = plan(recipes.find(what), overrides), what
+        if plan_only:
+            _show_plans(runs, gpu)
+            return
         for result in execute(runs, name):
             show(result)
+
+
+def _show_plans(runs: "Sequence[Run]", gpu: str | None) -> None:
+    """Print what every stage takes on a card of size `gpu`, or on this machine."""
+    from rich.console import Console
+
+    from dpo.model.base import choose_device
+    from dpo.model.memory import Card, plan_memory
+    from dpo.settings import PREVIOUS
+
+    card = Card.here(choose_device(runs[0].model.device)) if gpu is None else Card.named(gpu)
+    config = runs[0].model
+    for run in runs:
+        continues = run.model.adapter == PREVIOUS  # with an adapter of the shape that the stage before trains
+        shape = {"adapter": config.adapter, "lora": config.lora} if continues else {}
+        config = run.model.model_copy(update=shape)
+        planned = plan_memory(config, run.optimiser.name, card, continues and config.reference == "start")
+        view = run.objective.build().view
+        longest = run.data.max_length * (2 if view == "pairs" else 1)
+        limit = run.loop.per_device_max_tokens
+        at_once = run.loop.per_device_train_batch_size if limit is None else max(1, limit // longest)
+        Console().print(planned.table(card, at_once, longest, view))
 
 
 @app.command(epilog="Example: dpo evaluate runs/dpo-1a2b3c4d evaluation.max_prompts=64", context_settings=OVERRIDES)
@@ -89,7 +128,7 @@ def data_check(
 
 @app.command(epilog="Example: dpo quickstart --fast")
 def quickstart(
-    fast: Annotated[bool, typer.Option("--fast", help="About 2 minutes on 2 CPU cores instead of about 10.")] = False,
+    fast: Annotated[bool, typer.Option("--fast", help="About 3 minutes on 2 CPU cores instead of about 6.")] = False,
     output: Annotated[
         Path | None, typer.Option(help="Folder for the runs (default: runs/quickstart, or runs/quickstart-fast).")
     ] = None,

@@ -1,0 +1,512 @@
+"""How much memory a run takes, told before any weight is loaded.
+
+The real architecture is built on the meta device, where tensors have shapes and no storage; the adapters go in as they
+do for training, and one forward and backward pass is carried out on it while every tensor that comes and goes is
+counted. What the passes hold grows with the tokens in a straight line, so two of them tell the line. Nothing of it
+needs the weights, the data or the card.
+"""
+
+import math
+import re
+import warnings
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, final
+
+import psutil
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from dpo.errors import ConfigError
+from dpo.model.base import Base, LanguageModel, ModelConfig, choose_dtype, from_pretrained
+from dpo.model.logprobs import CHUNK, TILE
+from dpo.model.tree_attention import needs_eager
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+TOKENS = (4096, 8192)
+"""Lengths of the two passes that are counted: long enough for the activations to outweigh what does not grow."""
+
+CUDA_CONTEXT = 700 * 2**20
+"""Assumed bytes of the driver's context, of the matrix libraries' workspace and of what the allocator rounds up."""
+
+FALLBACK_VECTORS = 48
+"""Vectors of the hidden size that a layer is taken to hold for each token where its passes cannot be counted. Fifteen
+families of models, with adapters on all linear layers and in bfloat16, were counted to hold 27 to 47."""
+
+BASE_WEIGHTS = "base weights"
+"""How the names of a plan's parts begin that are held once the base is loaded."""
+
+ATTENTION = "dpo_counted"
+"""Name under which the counted attention is known to transformers."""
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?) ?(GB|GiB)", re.IGNORECASE)
+
+
+@final
+@dataclass(frozen=True)
+class Card:
+    """The memory a run may take."""
+
+    name: str
+    device: str
+    """"cuda", "mps" or "cpu"."""
+    free: int
+    """Bytes left for the run."""
+    context: int
+    """Bytes set aside beforehand for the CUDA context, an assumption; 0 where it is in place, or none is needed."""
+    dtype: torch.dtype
+    """What model.dtype=auto becomes on it."""
+
+    @classmethod
+    def named(cls, size: str) -> "Card":
+        """Return a CUDA card of `size`, such as 24GB (10^9 bytes each, the safe reading) or 80GiB (2^30).
+
+        Raises:
+            ConfigError: `size` is no such size, or no more than the CUDA context takes.
+        """
+        found = _SIZE.fullmatch(size.strip())
+        unit = 10**9 if found and found[2].upper() == "GB" else 2**30
+        total = int(float(found[1]) * unit) if found else 0
+        if total <= CUDA_CONTEXT:
+            raise ConfigError(
+                f"--gpu: got {size!r}, expected the size of a card, a number and GB or GiB and more than "
+                f"{CUDA_CONTEXT / 2**30:.2f}GiB: 12GB, 16GB, 24GB, 80GB."
+            )
+        return cls(size.strip(), "cuda", total - CUDA_CONTEXT, CUDA_CONTEXT, torch.bfloat16)
+
+    @classmethod
+    def here(cls, device: torch.device) -> "Card":
+        """Return what this machine has: the free memory of its card, or else all of the system's."""
+        dtype = choose_dtype("auto", device)
+        if device.type == "cuda":
+            return cls(torch.cuda.get_device_name(device), "cuda", torch.cuda.mem_get_info(device)[0], 0, dtype)
+        total = psutil.virtual_memory().total
+        return cls(f"this machine ({device.type})", device.type, total, 0, dtype)
+
+
+@final
+@dataclass(frozen=True)
+class Activations:
+    """What one micro-batch adds at its highest point: fixed + per_token * tokens bytes."""
+
+    fixed: int
+    per_token: int
+
+
+@final
+@dataclass(frozen=True)
+class MemoryPlan:
+    """The memory of a run, in bytes."""
+
+    model: str
+    parts: Mapping[str, int]
+    """What is held whatever the micro-batch, by name."""
+    plain: Activations
+    checkpointed: Activations
+    """With gradient checkpointing."""
+    notes: tuple[str, ...] = ()
+    """What the numbers leave out or take for granted."""
+
+    @property
+    def held(self) -> int:
+        """All parts together."""
+        return sum(self.parts.values())
+
+    def _activations(self, checkpointing: bool) -> Activations:
+        return self.checkpointed if checkpointing else self.plain
+
+    def activation_bytes_per_token(self, checkpointing: bool) -> int:
+        """Return the bytes that one more token in the micro-batch takes."""
+        return self._activations(checkpointing).per_token
+
+    def total(self, tokens: int, checkpointing: bool) -> int:
+        """Return the bytes of a run whose micro-batch holds `tokens`, padding included."""
+        grown = self._activations(checkpointing)
+        return self.held + grown.fixed + grown.per_token * tokens
+
+    def largest_tokens(self, card_bytes: int, checkpointing: bool) -> int:
+        """Return the most tokens whose `total` is within `card_bytes`; 0 where not one token fits."""
+        return max(0, (card_bytes - self.total(0, checkpointing)) // self.activation_bytes_per_token(checkpointing))
+
+    def table(self, card: Card, examples: int, tokens_each: int, unit: str) -> "Table":
+        """Return the plan as a table for printing.
+
+        Args:
+            card: to fit the run on.
+            examples: in the run's micro-batch.
+            tokens_each: the most tokens that one of them can have.
+            unit: what the examples are called: "pairs", ...
+        """
+        from rich.table import Table
+        from rich.text import Text
+
+        rows: list[tuple[str, str]] = [(name, _shown(size)) for name, size in self.parts.items()]
+        rows.append(("held whatever the micro-batch", _shown(self.held)))
+        tokens = examples * tokens_each
+        for checkpointing in (False, True):
+            how = "with" if checkpointing else "without"
+            most = self.largest_tokens(card.free, checkpointing)
+            rows += [
+                (f"{how} gradient checkpointing:", ""),
+                ("  activations per token", _shown(self.activation_bytes_per_token(checkpointing))),
+                (f"  this run: {examples} {unit}, {tokens:,} tokens", _shown(self.total(tokens, checkpointing))),
+                ("  largest micro-batch", f"{most:,} tokens = {most // tokens_each:,} {unit}"),
+            ]
+        if card.context:
+            rows.append(("CUDA context (an assumption)", _shown(card.context)))
+        rows.append((f"left for the run on {card.name}", _shown(card.free)))
+        table = Table("part", "memory", title=Text(f"Memory plan: {self.model}"))
+        verdict = self.verdict(card, examples, tokens_each, unit)
+        taken = f"Counted with {unit} at their longest, {tokens_each:,} tokens"
+        table.caption = Text(". ".join((verdict, taken, *self.notes)) + ".")
+        table.columns[1].justify = "right"
+        for name, value in rows:
+            table.add_row(Text(name), Text(value))
+        return table
+
+    def verdict(self, card: Card, examples: int, tokens_each: int, unit: str) -> str:
+        """Say whether the run's micro-batch fits `card`, and what to do where it does not."""
+        tokens = examples * tokens_each
+        if not needs_checkpointing(self, card.free, tokens):
+            return f"It fits {card.name}; gradient checkpointing is not needed"
+        most = self.largest_tokens(card.free, checkpointing=True) // tokens_each
+        if most >= examples:
+            return f"It fits {card.name} with model.gradient_checkpointing=true only"
+        if most:
+            return (
+                f"It does not fit {card.name}. Use loop.per_device_train_batch_size={most} at most, with "
+                "model.gradient_checkpointing=true"
+            )
+        return (
+            f"It does not fit {card.name}: not even one of the {unit}, with gradient checkpointing. Lower "
+            "data.max_length, use model.quantization=nf4, or a smaller model"
+        )
+
+
+def needs_checkpointing(plan: MemoryPlan, free_bytes: int, tokens: int) -> bool:
+    """Tell whether a micro-batch of `tokens` exceeds `free_bytes` unless activations are recomputed.
+
+    `free_bytes` is what is free before the weights are loaded.
+    """
+    return plan.total(tokens, checkpointing=False) > free_bytes
+
+
+def must_checkpoint(base: Base, config: ModelConfig, optimiser: str, tokens: int) -> bool:
+    """Tell whether a micro-batch of `tokens` exceeds what is free now, `base` being loaded, unless it recomputes.
+
+    The passes are counted only where a rule of thumb on the safe side does not answer.
+    """
+    cuda = base.device.type == "cuda"
+    free = torch.cuda.mem_get_info(base.device)[0] if cuda else psutil.virtual_memory().available
+    if cuda:  # what the allocator keeps for itself is free to this process
+        free += torch.cuda.memory_reserved(base.device) - torch.cuda.memory_allocated(base.device)
+    assumed, _ = _assumed(base.network.config.get_text_config(), torch.float32)
+    if config.lora is not None and assumed.per_token * tokens < free / 2:
+        return False
+    plan = plan_memory(config, optimiser, Card.here(base.device))
+    loaded = sum(size for name, size in plan.parts.items() if name.startswith(BASE_WEIGHTS))
+    return needs_checkpointing(plan, free + loaded, tokens)
+
+
+def plan_memory(config: ModelConfig, optimiser: str, card: Card, frozen_adapter: bool = False) -> MemoryPlan:
+    """Plan the memory of training `config` with the optimiser of that name.
+
+    Seeds the random generators, as every start of a policy does.
+
+    Args:
+        config: the model, and what is trained on it.
+        optimiser: "adamw", "adamw_8bit", "paged_adamw_8bit" or "rmsprop".
+        card: what will train; it decides what dtype "auto" is, and the head's tile.
+        frozen_adapter: whether a frozen copy of the adapter is the reference though `config` names none: in a stage
+            that goes on from the stage before.
+
+    Raises:
+        ConfigError: an unknown optimiser.
+        ModelError: the model's configuration cannot be found, or the adapter does not go onto it.
+    """
+    from transformers import AutoConfig
+
+    settings = from_pretrained(AutoConfig, config)
+    dtype = card.dtype if config.dtype == "auto" else choose_dtype(config.dtype, torch.device(card.device))
+    plain_config, checkpointed_config = (
+        config.model_copy(update={"gradient_checkpointing": switch}) for switch in (False, True)
+    )
+    model, parts, spare = _start(plain_config, settings, dtype)
+    parts |= _roles(model, config.lora is not None, frozen_adapter)
+    trained = model.parameters()
+    parts["gradients"] = sum(map(_bytes, trained))
+    parts[f"optimiser state ({optimiser})"] = optimiser_bytes(optimiser, trained)
+    head = model.network.get_output_embeddings().weight
+    is_trained = any(head is parameter for parameter in trained)
+    parts["head"] = head_bytes(*head.shape, dtype=dtype, device=card.device, trained=is_trained)
+    if spare:
+        parts["one layer's weights, dequantised"] = spare
+    notes = []
+    if config.attn_implementation == "eager" or needs_eager(settings):
+        notes.append("Eager attention keeps heads x length x length numbers for every layer and row beside, uncounted")
+    if config.activation_offload:
+        notes.append("Activations are offloaded: most of what is counted per token lies in the main memory instead")
+    text = settings.get_text_config()
+    try:
+        plain = _activations(model, dtype, text.hidden_size)
+        again, _, _ = _start(checkpointed_config, settings, dtype)
+        checkpointed = _activations(again, dtype, text.hidden_size)
+    except Exception as error:  # whatever a family does that tensors without content cannot
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        plain, checkpointed = _assumed(text, dtype)
+        notes.append(
+            f"Activations by a rule of thumb, {FALLBACK_VECTORS} vectors of the hidden size for each layer and token: "
+            f"those of this architecture cannot be counted ({reason})"
+        )
+    return MemoryPlan(config.name, MappingProxyType(parts), plain, checkpointed, tuple(notes))
+
+
+def _roles(model: LanguageModel, adapters: bool, frozen_adapter: bool) -> dict[str, int]:
+    """Return the bytes of what stands on or beside the base."""
+    with model.role("policy") as network, model.role("reference") as reference:
+        if not adapters:
+            return {"frozen reference copy": sum(map(_bytes, reference.parameters()))}
+        parts = {"adapter weights": sum(map(_bytes, model.parameters()))}
+        frozen = sum(_bytes(parameter) for name, parameter in network.named_parameters() if ".reference." in name)
+        if frozen or frozen_adapter:
+            parts["frozen reference adapter"] = frozen or parts["adapter weights"]
+        return parts
+
+
+def optimiser_bytes(name: str, parameters: Sequence[Tensor]) -> int:
+    """Return the bytes of an optimiser's state over `parameters`.
+
+    Raises:
+        ConfigError: an unknown optimiser.
+    """
+    if name in ("adamw", "rmsprop"):  # torch's: states in the parameter's own type, and a float32 step count
+        states = 2 if name == "adamw" else 1
+        return sum(states * _bytes(parameter) + 4 for parameter in parameters)
+    if name in ("adamw_8bit", "paged_adamw_8bit"):
+        return sum(_states_8bit(parameter.numel()) for parameter in parameters) + 2 * 256 * 4  # two shared code tables
+    raise ConfigError(
+        f"optimiser {name!r}: expected adamw, adamw_8bit, paged_adamw_8bit or rmsprop. Use one of these names."
+    )
+
+
+def _states_8bit(numbers: int) -> int:
+    """bitsandbytes' two moments: a byte each and a float32 scale per 256; small tensors stay in float32."""
+    return 2 * numbers * 4 if numbers < 4096 else 2 * (numbers + 4 * math.ceil(numbers / 256))
+
+
+def nf4_bytes(numbers: int) -> int:
+    """Return the bytes of a 4-bit weight of so many numbers, in bitsandbytes' layout with double quantisation.
+
+    Half a byte a number; a scale of one byte for 64 of them; a float32 scale for 256 such scales; offset and the two
+    code tables.
+    """
+    scales = math.ceil(numbers / 64)
+    return math.ceil(numbers / 2) + scales + 4 * math.ceil(scales / 256) + 4 + 4 * (16 + 256)
+
+
+FROZEN_HIDDEN = 2
+"""Chunks of hidden states in float32 that it holds at once."""
+
+TRAINED_LOGITS = 3
+"""Tensors of a whole chunk's logits in float32 that a trained head holds at once."""
+
+TRAINED_WEIGHTS = 2
+"""Gradients of its weight on their way to the sum of all chunks that it holds at once."""
+
+
+def head_bytes(vocabulary: int, hidden: int, *, dtype: torch.dtype, device: str, trained: bool) -> int:
+    """Return the bytes that the chunked head of `dpo.model.logprobs` works in, whatever the micro-batch.
+
+    Logits are made in `dtype` and cast to float32. What the head keeps for each token is counted with the activations.
+    """
+    chunk = CHUNK * vocabulary
+    if trained:
+        return chunk * TRAINED_LOGITS * 4 + TRAINED_WEIGHTS * vocabulary * hidden * dtype.itemsize
+    tile = min(TILE.get(device, TILE["cpu"]), chunk)
+    narrow = 0 if dtype == torch.float32 else dtype.itemsize
+    return tile * (4 + narrow) + CHUNK * hidden * FROZEN_HIDDEN * 4
+
+
+def _start(config: ModelConfig, settings: Any, dtype: torch.dtype) -> tuple[LanguageModel, dict[str, int], int]:
+    """Build the model with its policy on the meta device.
+
+    Returns:
+        the model; the bytes of the base by precision; those of the largest quantised layer when it is dequantised.
+    """
+    from transformers import AttentionInterface, AutoModelForCausalLM
+
+    AttentionInterface.register(ATTENTION, _counted_attention)
+    device = torch.device("meta")
+    with device, warnings.catch_warnings():
+        # Loading a starting adapter checks that it fits; that its values go nowhere is the point.
+        warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter", category=UserWarning)
+        network = AutoModelForCausalLM.from_config(settings, dtype=dtype, attn_implementation=ATTENTION)
+        for module in network.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0  # as `load_base` has it
+        network.requires_grad_(False)
+        weights, spare = _weights(network, config.quantization == "nf4", dtype)
+        return LanguageModel.start(Base(network, None, device, dtype, config.name), config, seed=0), weights, spare
+
+
+def _weights(network: Any, quantised: bool, dtype: torch.dtype) -> tuple[dict[str, int], int]:
+    small = _quantised_weights(network) if quantised else {}
+    found: dict[str, int] = {}
+    for tensor in network.parameters():
+        precision, size = str(tensor.dtype).removeprefix("torch."), _bytes(tensor)
+        if id(tensor) in small:
+            precision, size = "nf4", nf4_bytes(tensor.numel())
+        key = f"{BASE_WEIGHTS} ({precision})"
+        found[key] = found.get(key, 0) + size
+    return found, max(small.values(), default=0) * dtype.itemsize
+
+
+def _quantised_weights(network: Any) -> dict[int, int]:
+    """Return identity and size of the weights that transformers' loader gives to bitsandbytes."""
+    from transformers.pytorch_utils import Conv1D
+    from transformers.quantizers.base import get_keys_to_not_convert
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    spared = [*get_keys_to_not_convert(network), *(network._keep_in_fp32_modules or ())]
+    return {
+        id(module.weight): module.weight.numel()
+        for name, module in network.named_modules()
+        if (type(module) is torch.nn.Linear or isinstance(module, Conv1D)) and should_convert_module(name, spared)
+    }
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.itemsize
+
+
+class _FlashLike(torch.autograd.Function):
+    """Attention by what it holds: queries, keys, values, output and one float32 a query and head; computes nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        batch, heads, length, _ = query.shape
+        out = query.new_zeros(batch, length, heads, value.shape[-1])
+        normaliser = query.new_zeros(batch, heads, length, dtype=torch.float32)
+        ctx.save_for_backward(query, key, value, out, normaliser)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, ...]:  # noqa: ARG004
+        query, key, value, _, _ = ctx.saved_tensors
+        return torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
+
+
+def _counted_attention(
+    module: torch.nn.Module,  # noqa: ARG001 (transformers calls every attention so)
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,  # noqa: ARG001
+    **others: Any,  # noqa: ARG001
+) -> tuple[Tensor, None]:
+    return _FlashLike.apply(query, key, value), None  # pyright: ignore[reportReturnType]
+
+
+class _Live(TorchDispatchMode):
+    """Counts the bytes of the storages that are alive and were made inside it; views count with their storage."""
+
+    def __init__(self, before: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._before = list(before)  # keeps their storages, and so their identities
+        self._known: dict[int, Any] = {tensor.untyped_storage()._cdata: None for tensor in self._before}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                self._hold(leaf.untyped_storage())
+        return out
+
+    def _hold(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._known:
+            return
+
+        def freed(_: Any) -> None:
+            self.now -= size
+            del self._known[key]
+
+        self._known[key] = weakref.ref(storage, freed)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+
+@final
+@dataclass(frozen=True)
+class Counted:
+    """What one forward and backward pass held, in bytes, parameters and their gradients aside."""
+
+    kept: int
+    """After the forward pass: what the backward pass waits for."""
+    peak: int
+    """At the highest point of both."""
+
+
+def count_pass(model: LanguageModel, tokens: int) -> Counted:
+    """Count a forward and backward pass of the policy over one row of `tokens`, on whatever device it stands."""
+    model.training(True)
+    trained = model.parameters()
+    for parameter in trained:
+        parameter.grad = torch.zeros_like(parameter)  # gradients are a part of their own
+    with model.role("policy") as network:
+        device = next(network.parameters()).device
+        ids = torch.zeros(1, tokens, dtype=torch.long, device=device)
+        positions = torch.arange(tokens, device=device).unsqueeze(0)
+        own = [*network.parameters(), *network.buffers(), *(p.grad for p in trained if p.grad is not None)]
+        with _Live(own) as live:
+            hidden = network.base_model(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
+            kept = live.now
+            hidden.backward(torch.zeros_like(hidden))
+    for parameter in trained:
+        parameter.grad = None
+    return Counted(kept, live.peak)
+
+
+def _activations(model: LanguageModel, dtype: torch.dtype, hidden: int) -> Activations:
+    """Fit a line through two passes.
+
+    Raises:
+        NotImplementedError: the model's attention is its own, or it has a state: a pass would not grow in a line.
+    """
+    network = model.network
+    if network._is_stateful or not network._supports_attention_backend:
+        raise NotImplementedError(f"{type(network).__name__} does not take transformers' exchangeable attention")
+    _cast_adapters(model)
+    short, long = TOKENS
+    first, second = (count_pass(model, tokens).peak for tokens in TOKENS)
+    per_token = math.ceil((second - first) / (long - short))
+    fixed = max(0, second - per_token * long)
+    # The head takes a copy of the hidden states and keeps their gradient.
+    return Activations(fixed, per_token + 2 * hidden * dtype.itemsize)
+
+
+def _cast_adapters(model: LanguageModel) -> None:
+    """Put the adapters' weights into what autocast, which knows no meta tensors, would cast them to."""
+    if model.mixed:
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(model.dtype)
+
+
+def _assumed(text: Any, dtype: torch.dtype) -> tuple[Activations, Activations]:
+    vector = text.hidden_size * dtype.itemsize
+    layers, one = text.num_hidden_layers, FALLBACK_VECTORS * vector
+    return Activations(0, layers * one), Activations(0, layers * vector + one)
+
+
+def _shown(size: int) -> str:
+    for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if size >= unit:
+            return f"{size / unit:,.2f} {name}"
+    return f"{size} B"

@@ -1,0 +1,389 @@
+"""The memory plan: by hand on a tiny Llama, and held against what the real model keeps."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from bitsandbytes.functional import quantize_4bit
+from bitsandbytes.nn import Linear4bit
+from transformers import BloomConfig, LlamaConfig, LlamaForCausalLM
+from transformers.quantizers.base import get_keys_to_not_convert
+
+from dpo.errors import ConfigError, ModelError
+from dpo.model import memory
+from dpo.model.base import LanguageModel, LoRA, ModelConfig, load_base
+from dpo.model.logprobs import Head, token_scores
+from dpo.model.memory import (
+    Activations,
+    Card,
+    MemoryPlan,
+    count_pass,
+    head_bytes,
+    must_checkpoint,
+    needs_checkpointing,
+    plan_memory,
+)
+
+GIB = 2**30
+CARD = Card("a card", "cpu", 10 * GIB, 0, torch.float32)
+
+# The tiny Llama: hidden 32, intermediate 64, 2 layers, 4 heads and 2 key-value heads of 8, an untied head.
+LINEAR = 2 * (32 * 32 + 2 * 32 * 16 + 32 * 32 + 3 * 32 * 64)  # q, k and v, o, MLP
+NORMS = 2 * 2 * 32 + 32
+RANK_1 = 2 * ((32 + 32) + 2 * (32 + 16) + (32 + 32) + 3 * (32 + 64))  # adapter weights for each unit of rank
+
+
+def vocabulary(folder: Path) -> int:
+    return json.loads((folder / "config.json").read_text())["vocab_size"]
+
+
+@pytest.fixture
+def counted(tiny_config: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> Callable[..., LanguageModel]:
+    """Load a model with its real weights and the attention that the plan counts with."""
+
+    def loaded(**changes: object) -> LanguageModel:
+        config = ModelConfig.model_validate({**tiny_config.model_dump(), "layout": "padded", **changes})
+        base = load_base(config)
+        memory._start(config, base.network.config, base.dtype)  # makes the attention known to transformers
+        base.network.set_attn_implementation(memory.ATTENTION)
+        return LanguageModel.start(base, config, seed=0)
+
+    return loaded
+
+
+def saved_by_autograd(model: LanguageModel, tokens: int) -> int:
+    """Return the bytes of the distinct storages that autograd saves in a forward pass, parameters aside."""
+    model.training(True)
+    own = {tensor.untyped_storage()._cdata for tensor in (*model.network.parameters(), *model.network.buffers())}
+    seen: dict[int, torch.Tensor] = {}
+
+    def save(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage()._cdata not in own:
+            seen[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor), model.role("policy") as network:
+        out = network.base_model(
+            input_ids=torch.zeros(1, tokens, dtype=torch.long),
+            position_ids=torch.arange(tokens).unsqueeze(0),
+            use_cache=False,
+        ).last_hidden_state
+    assert out.requires_grad
+    return sum(tensor.untyped_storage().nbytes() for tensor in seen.values())
+
+
+# --- what is held whatever the micro-batch ---
+
+
+def test_parts_by_hand(tiny_config: ModelConfig, tiny_model_folder: Path) -> None:
+    config = tiny_config.model_copy(update={"lora": LoRA(r=8)})
+    words = vocabulary(tiny_model_folder)
+    assert plan_memory(config, "adamw", CARD).parts == {
+        "base weights (float32)": 4 * (2 * words * 32 + LINEAR + NORMS),
+        "adapter weights": 4 * 8 * RANK_1,
+        "gradients": 4 * 8 * RANK_1,
+        "optimiser state (adamw)": 8 * 8 * RANK_1 + 4 * 28,  # 2 layers x 7 adapters x A and B, a step count each
+        "head": head_bytes(words, 32, dtype=torch.float32, device="cpu", trained=False),
+    }
+
+
+def test_adapters_stay_in_float32_on_a_bfloat16_base(tiny_config: ModelConfig, tiny_model_folder: Path) -> None:
+    parts = plan_memory(tiny_config.model_copy(update={"dtype": "bfloat16"}), "adamw", CARD).parts
+    assert parts["base weights (bfloat16)"] == 2 * (2 * vocabulary(tiny_model_folder) * 32 + LINEAR + NORMS)
+    assert parts["adapter weights"] == 4 * 16 * RANK_1
+
+
+def test_full_weights_have_a_reference_copy(tiny_config: ModelConfig, tiny_model_folder: Path) -> None:
+    parts = plan_memory(tiny_config.model_copy(update={"lora": None}), "rmsprop", CARD).parts
+    weights = 4 * (2 * vocabulary(tiny_model_folder) * 32 + LINEAR + NORMS)
+    assert parts["frozen reference copy"] == parts["gradients"] == parts["base weights (float32)"] == weights
+    assert parts["optimiser state (rmsprop)"] == weights + 4 * (2 * 9 + 3)
+    assert "adapter weights" not in parts
+
+
+def test_a_starting_adapter_is_held_twice(
+    start: Callable[..., LanguageModel], tiny_config: ModelConfig, tmp_path: Path
+) -> None:
+    start(lora={"r": 4}).save(tmp_path)
+    config = tiny_config.model_copy(update={"adapter": str(tmp_path)})
+    parts = plan_memory(config, "adamw", CARD).parts
+    assert parts["adapter weights"] == parts["frozen reference adapter"] == 4 * 4 * RANK_1  # its rank, not lora.r
+    assert (
+        "frozen reference adapter"
+        not in plan_memory(config.model_copy(update={"reference": "base"}), "adamw", CARD).parts
+    )
+    continued = plan_memory(tiny_config, "adamw", CARD, frozen_adapter=True).parts
+    assert continued["frozen reference adapter"] == continued["adapter weights"] == 4 * 16 * RANK_1
+
+
+def test_an_adapter_that_does_not_fit_is_refused(
+    start: Callable[..., LanguageModel], wide_model_folder: Path, tmp_path: Path
+) -> None:
+    start().save(tmp_path)
+    with pytest.raises(ModelError, match="the weights do not fit this model"):
+        plan_memory(ModelConfig(name=str(wide_model_folder), adapter=str(tmp_path), device="cpu"), "adamw", CARD)
+
+
+def test_4_bit_weights_take_what_bitsandbytes_takes(wide_model_folder: Path) -> None:
+    config = ModelConfig(name=str(wide_model_folder), quantization="nf4", dtype="float32", device="cpu")
+    real = load_base(config).network
+    state_bytes = 0
+    for module in real.modules():
+        if isinstance(module, Linear4bit):
+            weight, state = quantize_4bit(torch.ones(module.out_features, module.in_features), compress_statistics=True)
+            tensors = [weight, state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code]
+            state_bytes += sum(tensor.numel() * tensor.itemsize for tensor in tensors)
+    assert state_bytes > 0
+    planned = plan_memory(config, "adamw", CARD)
+    assert planned.parts["base weights (nf4)"] == state_bytes
+    assert planned.parts["one layer's weights, dequantised"] == 4 * 64 * 128
+    plain = plan_memory(config.model_copy(update={"quantization": "none", "dtype": "bfloat16"}), "adamw", CARD)
+    assert planned.parts["base weights (nf4)"] < plain.parts["base weights (bfloat16)"]
+    assert len(get_keys_to_not_convert(real)) == 1  # the head is left as it is
+    head = 4 * 2 * vocabulary(wide_model_folder) * 64 + 4 * (2 * 2 * 64 + 64)
+    assert planned.parts["base weights (float32)"] == head
+
+
+def test_the_share_of_4_bit_weights() -> None:
+    """Half a byte, 1/64 for a block's scale, 4/(64 * 256) for the scale of scales: 0.5159 bytes a number."""
+    assert memory.nf4_bytes(2**24) / 2**24 == pytest.approx(0.5 + 1 / 64 + 4 / (64 * 256), abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["adamw", "rmsprop", "adamw_8bit"])
+def test_optimiser_state_is_what_the_optimiser_makes(name: str) -> None:
+    from dpo.train import Optimiser, _build_optimizer
+
+    parameters = [torch.nn.Parameter(torch.zeros(size)) for size in (5, 4095, 4096, 5000)]
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    built = _build_optimizer(Optimiser(name=name), parameters)  # pyright: ignore[reportArgumentType]
+    built.step()
+    made = {
+        value.untyped_storage()._cdata: value.untyped_storage().nbytes()
+        for state in built.state.values()
+        for value in state.values()
+        if isinstance(value, torch.Tensor)
+    }
+    assert memory.optimiser_bytes(name, parameters) == sum(made.values())
+
+
+def test_an_unknown_optimiser_is_refused(tiny_config: ModelConfig) -> None:
+    with pytest.raises(ConfigError, match="optimiser 'sgd': expected adamw"):
+        plan_memory(tiny_config, "sgd", CARD)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("words", [1000, 12_000])
+def test_the_head_works_in_what_is_said(dtype: torch.dtype, trained: bool, words: int) -> None:
+    """Counted on the real head; 1,000 words are one tile, 12,000 are several."""
+    tokens, width = 1024, 64
+    weight = torch.zeros(words, width, dtype=dtype, requires_grad=trained)
+    hidden = torch.zeros(tokens, width, dtype=dtype, requires_grad=True)
+    target = torch.zeros(tokens, dtype=torch.long)
+    weight.grad, hidden.grad = torch.zeros_like(weight) if trained else None, torch.zeros_like(hidden)
+    given = [tensor for tensor in (weight, weight.grad, hidden, hidden.grad, target) if tensor is not None]
+    with memory._Live(given) as live:
+        token_scores(hidden, target, Head(weight)).logprobs.sum().backward()
+    grown = 2 * tokens * width * dtype.itemsize  # counted with the activations
+    said = head_bytes(words, width, dtype=dtype, device="cpu", trained=trained)
+    assert 0.9 * live.peak <= said + grown <= 1.3 * live.peak
+
+
+# --- what grows with the micro-batch ---
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"dtype": "bfloat16"}, {"lora": {"dropout": 0.1, "r": 4}}, {"lora": {"dora": True}}, {"lora": None}],
+    ids=str,
+)
+def test_the_count_without_weights_is_that_of_the_real_model(
+    counted: Callable[..., LanguageModel], tiny_config: ModelConfig, changes: dict[str, object], checkpointing: bool
+) -> None:
+    """The same pass on real weights holds the same bytes, at its highest point and between forward and backward."""
+    tokens = 96
+    real = counted(**changes, gradient_checkpointing=checkpointing)
+    config = ModelConfig.model_validate(
+        {**tiny_config.model_dump(), **changes, "gradient_checkpointing": checkpointing}
+    )
+    built, _, _ = memory._start(config, real.network.config, real.dtype)
+    assert {parameter.device.type for parameter in built.network.parameters()} == {"meta"}
+    if not real.mixed:
+        assert count_pass(built, tokens) == count_pass(real, tokens)
+        return
+    memory._cast_adapters(built)  # autocast casts them once a pass, which the longer pass does not hold twice
+    assert count_pass(built, 2 * tokens).kept - count_pass(built, tokens).kept == (
+        count_pass(real, 2 * tokens).kept - count_pass(real, tokens).kept
+    )
+
+
+@pytest.mark.parametrize("changes", [{}, {"dtype": "bfloat16"}, {"lora": {"dropout": 0.1}}, {"lora": None}], ids=str)
+def test_what_is_kept_is_what_autograd_saves(counted: Callable[..., LanguageModel], changes: dict[str, object]) -> None:
+    """Beside the hidden states that the pass returns."""
+    tokens, real = 96, counted(**changes)
+    returned = tokens * 32 * real.dtype.itemsize
+    assert count_pass(real, tokens).kept - returned == pytest.approx(saved_by_autograd(real, tokens), rel=0.02)
+
+
+def test_the_counted_attention_holds_what_a_fused_kernel_holds(
+    counted: Callable[..., LanguageModel], start: Callable[..., LanguageModel]
+) -> None:
+    """torch's own, on rows without padding."""
+    assert count_pass(counted(), 96).kept == pytest.approx(count_pass(start(layout="padded"), 96).kept, rel=0.002)
+
+
+def test_4_bit_layers_keep_what_plain_ones_keep(counted: Callable[..., LanguageModel], wide_model_folder: Path) -> None:
+    config = ModelConfig(name=str(wide_model_folder), quantization="nf4", dtype="bfloat16", device="cpu")
+    real = counted(**config.model_dump(exclude={"layout"}))
+    built, _, _ = memory._start(config, LlamaConfig.from_pretrained(wide_model_folder), torch.bfloat16)
+    memory._cast_adapters(built)
+    more = count_pass(built, 192).kept - count_pass(built, 96).kept
+    assert more == pytest.approx(saved_by_autograd(real, 192) - saved_by_autograd(real, 96), rel=0.05)
+
+
+def test_dropout_masks_are_counted_and_a_pass_leaves_no_gradient(counted: Callable[..., LanguageModel]) -> None:
+    dry, wet = counted(), counted(lora={"dropout": 0.1})
+    assert count_pass(wet, 64).kept > count_pass(dry, 64).kept
+    assert all(parameter.grad is None for parameter in wet.parameters())
+
+
+def test_the_line_tells_other_lengths(tiny_config: ModelConfig) -> None:
+    for checkpointing in (False, True):
+        config = tiny_config.model_copy(update={"gradient_checkpointing": checkpointing})
+        built, _, _ = memory._start(config, LlamaConfig.from_pretrained(config.name), torch.float32)
+        planned = plan_memory(config, "adamw", CARD)
+        grown = planned.checkpointed if checkpointing else planned.plain
+        assert grown.fixed + (grown.per_token - 2 * 32 * 4) * 700 == pytest.approx(
+            count_pass(built, 700).peak, rel=0.02
+        )
+
+
+def test_more_tokens_take_more_and_checkpointing_takes_less(tiny_config: ModelConfig) -> None:
+    planned = plan_memory(tiny_config, "adamw", CARD)
+    assert planned.total(100, False) < planned.total(101, False)
+    assert planned.total(100, True) < planned.total(101, True)
+    assert planned.total(100, True) < planned.total(100, False)
+    assert planned.activation_bytes_per_token(True) < planned.activation_bytes_per_token(False)
+    assert planned.total(0, False) >= planned.held == sum(planned.parts.values())
+    assert planned.notes == ()
+
+
+def test_planning_reads_no_weights(tiny_model_folder: Path, tmp_path: Path) -> None:
+    config = (tiny_model_folder / "config.json").read_text()
+    (tmp_path / "config.json").write_text(config)
+    alone = plan_memory(ModelConfig(name=str(tmp_path), dtype="float32"), "adamw", CARD)
+    beside = plan_memory(ModelConfig(name=str(tiny_model_folder), dtype="float32"), "adamw", CARD)
+    assert (alone.parts, alone.plain, alone.checkpointed) == (beside.parts, beside.plain, beside.checkpointed)
+
+
+def test_a_tied_head_is_counted_once(tiny_model_folder: Path, tmp_path: Path) -> None:
+    settings = LlamaConfig.from_pretrained(tiny_model_folder)
+    settings.tie_word_embeddings = True
+    settings.save_pretrained(tmp_path)
+    parts = plan_memory(ModelConfig(name=str(tmp_path), dtype="float32"), "adamw", CARD).parts
+    real = LlamaForCausalLM(settings)
+    assert parts["base weights (float32)"] == sum(4 * parameter.numel() for parameter in real.parameters())
+
+
+def test_a_family_that_cannot_be_counted_is_said_to_be_guessed(tmp_path: Path) -> None:
+    BloomConfig(hidden_size=64, n_layer=3, n_head=4, vocab_size=300).save_pretrained(tmp_path)
+    planned = plan_memory(ModelConfig(name=str(tmp_path), dtype="bfloat16"), "adamw", CARD)
+    assert "rule of thumb, 48 vectors" in planned.notes[0]
+    assert "BloomForCausalLM does not take" in planned.notes[0]
+    assert planned.plain == Activations(0, 3 * 48 * 64 * 2)
+    assert planned.checkpointed == Activations(0, (48 + 3) * 64 * 2)
+
+
+def test_eager_attention_is_said_to_be_uncounted(tiny_config: ModelConfig) -> None:
+    planned = plan_memory(tiny_config.model_copy(update={"attn_implementation": "eager"}), "adamw", CARD)
+    assert planned.notes[0].startswith("Eager attention keeps")
+
+
+# --- what fits ---
+
+PLAN = MemoryPlan("m", {"weights": 1000, "head": 24}, plain=Activations(10, 7), checkpointed=Activations(3, 2))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_largest_micro_batch_is_the_inverse_of_the_total(checkpointing: bool) -> None:
+    for free in range(1030, 1200):
+        most = PLAN.largest_tokens(free, checkpointing)
+        assert most == 0 or PLAN.total(most, checkpointing) <= free
+        assert PLAN.total(most + 1, checkpointing) > free
+    assert PLAN.largest_tokens(1034 + 7 * 20, False) == 20
+    assert PLAN.largest_tokens(5, checkpointing) == 0
+
+
+def test_checkpointing_is_needed_beyond_what_fits_without() -> None:
+    assert not needs_checkpointing(PLAN, 1034 + 7 * 20, 20)
+    assert needs_checkpointing(PLAN, 1034 + 7 * 20, 21)
+
+
+@pytest.mark.parametrize(
+    ("free", "said"),
+    [
+        (1034 + 7 * 40, "It fits c; gradient checkpointing is not needed"),
+        (1034 + 7 * 40 - 1, "It fits c with model.gradient_checkpointing=true only"),
+        (1027 + 2 * 39, "Use loop.per_device_train_batch_size=3 at most, with model.gradient_checkpointing=true"),
+        (1027 + 2 * 9, "not even one of the pairs"),
+    ],
+)
+def test_the_verdict_says_what_to_do(free: int, said: str) -> None:
+    assert said in PLAN.verdict(Card("c", "cuda", free, 0, torch.bfloat16), examples=4, tokens_each=10, unit="pairs")
+
+
+@pytest.mark.parametrize(
+    ("size", "total"), [("24GB", 24 * 10**9), ("80GiB", 80 * GIB), ("1.5 gib", 1.5 * GIB), (" 12gb ", 12 * 10**9)]
+)
+def test_card_sizes(size: str, total: float) -> None:
+    card = Card.named(size)
+    assert card.free + card.context == total
+    assert card.context == memory.CUDA_CONTEXT
+    assert (card.device, card.dtype) == ("cuda", torch.bfloat16)
+
+
+@pytest.mark.parametrize("size", ["", "24", "24MB", "GB", "-3GB", "0GB", "0.5GiB", "a 24GB", "nanGB", "24GBs"])
+def test_other_sizes_are_refused(size: str) -> None:
+    with pytest.raises(ConfigError, match=r"--gpu: got .*, expected the size of a card.*24GB"):
+        Card.named(size)
+
+
+def test_this_machine_is_a_card_without_a_context() -> None:
+    card = Card.here(torch.device("cpu"))
+    assert card.free == os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert (card.context, card.device) == (0, "cpu")
+
+
+# --- the decision at load ---
+
+
+@pytest.mark.parametrize("lora", [LoRA(), None], ids=["adapter", "full weights"])
+def test_checkpointing_is_needed_exactly_where_the_plan_exceeds_what_is_free(
+    tiny_config: ModelConfig, monkeypatch: pytest.MonkeyPatch, lora: LoRA | None
+) -> None:
+    """The base is loaded already, so its weights are not asked for again."""
+    base, tokens = load_base(tiny_config), 500
+    config = tiny_config.model_copy(update={"lora": lora})
+    plan = plan_memory(config, "adamw", CARD)
+    need = plan.total(tokens, checkpointing=False) - plan.parts["base weights (float32)"]
+
+    def free(size: int) -> None:
+        monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: SimpleNamespace(available=size, total=10 * GIB))
+
+    free(need)
+    assert not must_checkpoint(base, config, "adamw", tokens)
+    free(need - 1)
+    assert must_checkpoint(base, config, "adamw", tokens)
+
+
+def test_where_memory_is_plentiful_no_pass_is_counted(
+    tiny_config: ModelConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "plan_memory", None)
+    assert not must_checkpoint(load_base(tiny_config), tiny_config, "adamw", 500)
