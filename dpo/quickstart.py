@@ -20,7 +20,6 @@ from dpo.data import DataConfig, check
 from dpo.evaluation.measures import Estimate, mean
 from dpo.evaluation.samples import Spoken
 from dpo.model.base import load_base
-from dpo.model.reference import References
 from dpo.run import Result, Run, execute, speak_at_start
 
 SAMPLES_SHOWN = 3
@@ -112,12 +111,7 @@ def quickstart(fast: bool, output: Path) -> list[Result]:
         checked = check(DataConfig.model_validate(planned[0].data.model_dump()))
         before = speak_at_start(planned[0], base)
         assert before is not None
-        known: References = {}
-        results = [
-            result
-            for run in planned
-            for result in execute([run], run.name, base=base, checked=checked, references=known)
-        ]
+        results = [result for run in planned for result in execute([run], run.name, base=base, checked=checked)]
     console.print(_table(before, results))
     for panel in _answers(before, results):
         console.print(panel)

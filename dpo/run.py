@@ -9,7 +9,7 @@ import json
 import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, final
@@ -22,11 +22,22 @@ from dpo.errors import CheckpointError, ConfigError, DPOError, TrainingError
 from dpo.evaluation.measures import Estimate, pair_accuracy
 from dpo.evaluation.samples import Spoken, find_reward, speak
 from dpo.losses import Objective
-from dpo.metrics import redact, redact_text, sinks
-from dpo.model.base import Base, LanguageModel, Role, check_adapter, choose_device, load_base, load_tokenizer
-from dpo.model.reference import ReferenceLogps, References
+from dpo.model.base import (
+    Base,
+    LanguageModel,
+    ModelConfig,
+    Role,
+    check_adapter,
+    choose_device,
+    load_base,
+    load_tokenizer,
+)
+from dpo.model.memory import must_checkpoint
+from dpo.model.reference import ReferenceLogps
+from dpo.redact import redact, redact_text
 from dpo.settings import PREVIOUS, Recipe, Run, check_stages, plan, read_overrides, read_run
-from dpo.train import Outcome, peak_memory, reset_peak_memory, score, train
+from dpo.sinks import sinks
+from dpo.train import Outcome, division, peak_memory, reset_peak_memory, score, train
 from dpo.types import JudgementLogps, LossInput, LossOutput, PairLogps
 
 log = logging.getLogger("dpo")
@@ -68,7 +79,6 @@ def execute(
     name: str,
     base: Base | None = None,
     checked: Checked | None = None,
-    references: References | None = None,
 ) -> list[Result]:
     """Carry out a recipe's runs in order, on one base; each goes on where an interrupted one stopped.
 
@@ -80,7 +90,6 @@ def execute(
         name: of the recipe, for the folder.
         base: an already loaded base to use and give back as it was.
         checked: the already checked data of all stages.
-        references: reference log-probs that several calls share.
 
     Raises:
         DPOError: whatever is wrong, with place and fix.
@@ -115,9 +124,9 @@ def execute(
                 log.info("%s is finished: %s", stage.run.name, stage.folder)
                 results.append(Result(stage.run, stage.folder, _read_json(stage.folder / SUMMARY_FILE), None))
                 continue
+            base = base or load_base(stage.run.model)  # may fail, so before anything is written
             _claim(stage)
-            base = base or load_base(stage.run.model)
-            results.append(_carry_out(stage, base, references))
+            results.append(_carry_out(stage, base))
     return results
 
 
@@ -130,6 +139,7 @@ def only_process(folder: Path) -> Iterator[None]:
         TrainingError: another process trains there. A killed one holds nothing.
     """
     lock = FileLock(folder / ".lock", blocking=False)
+    made = [one for one in (folder, *folder.parents) if not one.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
@@ -146,26 +156,31 @@ def only_process(folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+        if [file.name for file in folder.iterdir()] == [".lock"]:  # the run failed before it wrote anything
+            (folder / ".lock").unlink()
+            with suppress(OSError):  # another process has begun to write there
+                for one in made:
+                    one.rmdir()
 
 
-def _carry_out(stage: _Stage, base: Base, references: References | None) -> Result:
+def _carry_out(stage: _Stage, base: Base) -> Result:
     run, folder, prepared = stage.run, stage.folder, stage.prepared
     reset_peak_memory(base.device)
-    model = LanguageModel.start(base, run.model, run.loop.seed)
+    model = LanguageModel.start(base, _within_memory(stage, base), run.loop.seed)
     log.info("%s: %d examples, reference is %s", run.name, len(prepared.train), model.reference_is)
-    shown = sinks(
-        run.output.report_to,
-        folder=folder,
-        project=run.output.project,
-        name=f"{run.name}-seed{run.loop.seed}",
-        group=run.output.group or f"{Path(run.data.train).name}-{prepared.fingerprint[:8]}",
-        tags=[run.objective.name, run.model.name, f"seed{run.loop.seed}"],
-        config={**run.model_dump(mode="json"), "data_fingerprint": prepared.fingerprint},
-    )
     try:
+        shown = sinks(
+            run.output.report_to,
+            folder=folder,
+            project=run.output.project,
+            name=f"{run.name}-seed{run.loop.seed}",
+            group=run.output.group or f"{Path(run.data.train).name}-{prepared.fingerprint[:8]}",
+            tags=[run.objective.name, run.model.name, f"seed{run.loop.seed}"],
+            config={**run.model_dump(mode="json"), "data_fingerprint": prepared.fingerprint},
+        )
         outcome = train(
             model=model,
-            reference=ReferenceLogps(model, references),
+            reference=ReferenceLogps(model),
             objective=stage.objective,
             train_examples=prepared.train,
             eval_examples=prepared.eval,
@@ -186,6 +201,19 @@ def _carry_out(stage: _Stage, base: Base, references: References | None) -> Resu
     for sink in shown:
         sink.finish({key: one["value"] for key, one in summary["measures"].items()})
     return Result(run, folder, summary, spoken)
+
+
+def _within_memory(stage: _Stage, base: Base) -> ModelConfig:
+    """Return the model's settings with checkpointing decided: on where the largest micro-batch needs it."""
+    run, config = stage.run, stage.run.model
+    if config.gradient_checkpointing != "auto":
+        return config
+    limits = division(run.loop, run.loop.per_device_train_batch_size, base, stage.objective)
+    tokens = limits.largest(stage.prepared.train)
+    on = not config.activation_offload and must_checkpoint(base, config, run.optimiser.name, tokens)
+    if on:
+        log.info("gradient checkpointing is on: %d tokens at once would not fit in memory without it", tokens)
+    return config.model_copy(update={"gradient_checkpointing": on})
 
 
 def _refuse_another_run(stage: _Stage) -> None:
@@ -270,9 +298,10 @@ def _speak(run: Run, model: LanguageModel, prepared: Prepared | None, role: Role
 def speak_at_start(run: Run, base: Base) -> Spoken | None:
     """Sample for the prompts of `run.evaluation.prompts` as the run will afterwards, but before any training."""
     model = LanguageModel.start(base, run.model, run.loop.seed)
-    spoken = _speak(run, model, prepared=None, role="reference")
-    model.release()
-    return spoken
+    try:
+        return _speak(run, model, prepared=None, role="reference")
+    finally:
+        model.release()
 
 
 def _evaluation_prompts(run: Run, model: LanguageModel, prepared: Prepared | None) -> list[tuple[str, tuple[int, ...]]]:
@@ -343,8 +372,8 @@ def evaluate_run(folder: Path, overrides: Mapping[str, Any]) -> Result:
     prepared = prepare(checked, base.tokenizer, objective.view, mismatched=objective.needs_mismatched)
     model = LanguageModel.start(base, run.model, run.loop.seed)
     model.restore(folder / ADAPTER)
-    reference, batch = ReferenceLogps(model), run.loop.per_device_eval_batch_size
-    record = score(model, reference, objective, prepared.eval, batch) if prepared.eval else None
+    limits = division(run.loop, run.loop.per_device_eval_batch_size, base, objective)
+    record = score(model, ReferenceLogps(model), objective, prepared.eval, limits)[0] if prepared.eval else None
     spoken = _speak(run, model, prepared)
     trained = _read_json(folder / SUMMARY_FILE)
     if trained["data_fingerprint"] != prepared.fingerprint:

@@ -31,7 +31,7 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 PREVIOUS = "previous"
 """As model.adapter: the adapter of the stage before. (A folder of that name is ./previous.)"""
 
-BASE_SETTINGS = ("name", "revision", "dtype", "quantization", "attn_implementation", "device")
+BASE_SETTINGS = ("name", "revision", "dtype", "quantization", "attn_implementation", "layout", "device")
 """What the one base of all stages is loaded by."""
 
 

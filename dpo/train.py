@@ -11,7 +11,8 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, final
 
@@ -20,19 +21,24 @@ from pydantic import BaseModel, ConfigDict, Field
 from tqdm.auto import tqdm
 
 from dpo import checkpoint
+from dpo.batches import Division, Plan, within_memory
 from dpo.data import Example
 from dpo.errors import TrainingError
 from dpo.losses import Objective
-from dpo.metrics import Ledger, Sink
-from dpo.model.base import LanguageModel
+from dpo.metrics import Ledger
+from dpo.model.base import Base, LanguageModel
 from dpo.model.reference import ReferenceLogps
-from dpo.model.views import concatenate, keys, largest_drift, tokens, view
+from dpo.model.views import concatenate, keys, largest_drift, mismatched, tokens, view
+from dpo.sinks import Sink
 from dpo.types import LossInput, LossOutput
 
 log = logging.getLogger("dpo")
 
 MAX_SKIPPED = 3
 """Optimiser steps in a row without a finite gradient before the run stops."""
+
+MAX_SKIPPED_SCALED = 20
+"""The same in float16, where overflows are how the loss scale finds its height: 20 halvings of 65,536 end below 1."""
 
 POLICY = "policy"
 """Folder of the weights in a checkpoint, apart from the optimizer's tensors."""
@@ -73,6 +79,9 @@ class Loop(BaseModel):
     """Examples (pairs, judgements, ...) in memory at once."""
     gradient_accumulation_steps: Annotated[int, Field(ge=1)] = 4
     """Micro-batches in one optimiser step; every example weighs the same, also in a last, smaller batch."""
+    per_device_max_tokens: Annotated[int, Field(ge=1)] | None = None
+    """Fill memory by tokens instead: micro-batches of at most so many, training and evaluation alike. An optimiser
+    step keeps its batch size times accumulation steps examples (null: by the batch sizes)."""
     per_device_eval_batch_size: Annotated[int, Field(ge=1)] = 8
     """Examples scored at once in evaluation."""
     eval_steps: Annotated[int, Field(ge=1)] | None = None
@@ -83,29 +92,6 @@ class Loop(BaseModel):
     """Checkpoints to keep."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Of the adapter's start, the order of examples and dropout."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Which examples each optimiser step takes."""
-
-    examples: int
-    batch: int
-    steps: int
-
-    @classmethod
-    def of(cls, loop: Loop, examples: int) -> "Plan":
-        """Lay out the steps over `examples` training examples."""
-        batch = loop.per_device_train_batch_size * loop.gradient_accumulation_steps
-        steps = math.ceil(examples / batch) * loop.num_train_epochs
-        return cls(examples, batch, min(steps, loop.max_steps or steps))
-
-    def indices(self, step: int, seed: int) -> list[int]:
-        """Return the examples of optimiser step `step` (from 0): a seeded order, drawn anew for every epoch."""
-        epoch, within = divmod(step, math.ceil(self.examples / self.batch))
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-        order = torch.randperm(self.examples, generator=generator)
-        return order[within * self.batch : (within + 1) * self.batch].tolist()
 
 
 def learning_rate(settings: Optimiser, step: int, steps: int) -> float:
@@ -135,6 +121,8 @@ class Progress:
     """Optimiser steps without an update, because loss or gradient were not finite."""
     skipped_in_a_row: int = 0
     """Of these, the ones that the last step ended with."""
+    parts: int = 1
+    """What micro-batches are divided by since memory ran out."""
 
 
 @dataclass(frozen=True)
@@ -177,7 +165,9 @@ def train(
         CheckpointError: the checkpoints there belong to another run, or are all damaged.
         TrainingError: the policy does not start at its reference, or the numbers stay not finite.
     """
-    run = _Run(model, reference, objective, optimiser, loop, folder, identity, Plan.of(loop, len(train_examples)))
+    batch = loop.per_device_train_batch_size * loop.gradient_accumulation_steps
+    plan = Plan.of(len(train_examples), batch, loop.num_train_epochs, loop.max_steps, loop.seed)
+    run = _Run(model, reference, objective, optimiser, loop, folder, identity, plan)
     return run.go(train_examples, eval_examples, sinks)
 
 
@@ -206,6 +196,8 @@ class _Run:
         )
         self.optimizer = self.accelerator.prepare(_build_optimizer(optimiser, model.parameters()))
         self.progress = Progress()
+        self._eval_parts = 1
+        self._scaled = self.accelerator.scaler is not None  # float16: an overflow lowers the scale, and is no fault
 
     def go(self, train_examples: Sequence[Example], eval_examples: Sequence[Example], sinks: Sequence[Sink]) -> Outcome:
         with closing(Ledger(self.folder)) as ledger:
@@ -214,7 +206,7 @@ class _Run:
             if self.objective.needs_reference:
                 # All that the WHOLE run reads, also after a resume: values depend in their last bits on what was
                 # scored together, and a resumed run must find the same ones.
-                read = sorted({i for step in range(self.plan.steps) for i in self.plan.indices(step, self.loop.seed)})
+                read = sorted({i for step in range(self.plan.steps) for i in self.plan.indices(step)})
                 self.reference.prepare(keys([*(train_examples[i] for i in read), *eval_examples]), progress=True)
             if self.progress.step == 0 and self.objective.needs_reference:
                 self._check_start(train_examples)
@@ -242,7 +234,7 @@ class _Run:
 
         with closing(_Voice(type(self.objective).__name__, progress.step, self.plan.steps)) as voice:
             while progress.step < self.plan.steps:
-                batch = [train_examples[i] for i in self.plan.indices(progress.step, self.loop.seed)]
+                batch = [train_examples[i] for i in self.plan.indices(progress.step)]
                 values = self._timed_step(batch)
                 report("train", values)
                 voice.say(progress.step, values)
@@ -274,18 +266,23 @@ class _Run:
         }
 
     def _stop_if_stuck(self, batch: Sequence[Example]) -> None:
-        if self.progress.skipped_in_a_row < MAX_SKIPPED:
+        limit = MAX_SKIPPED_SCALED if self._scaled else MAX_SKIPPED
+        if self.progress.skipped_in_a_row < limit:
             return
         rows = ", ".join(example.source for example in batch[:4])
         raise TrainingError(
-            f"{self.folder}: loss or gradient were not finite in {MAX_SKIPPED} optimiser steps in a row, up to step "
+            f"{self.folder}: loss or gradient were not finite in {limit} optimiser steps in a row, up to step "
             f"{self.progress.step}; none of them changed the weights. The last batch held {rows}"
             f"{', ...' if len(batch) > 4 else ''}. Look at these rows, lower optimiser.learning_rate, or use "
             "model.dtype=bfloat16 or float32."
         )
 
     def _score(self, examples: Sequence[Example]) -> LossInput:
-        return score(self.model, self.reference, self.objective, examples, self.loop.per_device_eval_batch_size)
+        size = self.loop.per_device_eval_batch_size
+        limits = division(self.loop, size, self.model.base, self.objective, self._eval_parts)
+        record, limits = score(self.model, self.reference, self.objective, examples, limits)
+        self._eval_parts = limits.parts
+        return record
 
     def _axes(self) -> dict[str, float]:
         return {
@@ -300,41 +297,46 @@ class _Run:
         rate = learning_rate(self.settings, self.progress.step, self.plan.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        size = self.loop.per_device_train_batch_size
-        values: dict[str, float] = {}
-        shares: dict[str, float] = {}
         self.model.training(True)
-        for start in range(0, len(batch), size):
-            micro = batch[start : start + size]
-            share = len(micro) / len(batch)  # every example weighs the same, whatever its micro-batch
-            out = self.objective(view(self.model, self.reference, self.objective, micro))
-            self.accelerator.backward(out.loss * share)
-            for name, value in {"train/loss": out.loss.detach(), **out.metrics}.items():
-                values[name] = values.get(name, 0.0) + share * value.item()
-                shares[name] = shares.get(name, 0.0) + share
-        values = {name: value / shares[name] for name, value in values.items()}
+        size = self.loop.per_device_train_batch_size
+        limits = division(self.loop, size, self.model.base, self.objective, self.progress.parts)
+        (loss, record), limits = within_memory(partial(self._accumulate, batch), batch, limits)
+        self.progress.parts = limits.parts
+        with torch.no_grad():
+            metrics = self.objective(record).metrics  # over the whole step, whatever its micro-batches
+        values = {"train/loss": loss, **{name: value.item() for name, value in metrics.items()}}
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.settings.max_grad_norm)
         values["grad_norm"] = math.nan if norm is None else float(norm)
         values["train/learning_rate"] = rate
-        scaled = self.accelerator.scaler is not None  # float16: an overflow lowers the scale, and is no fault
-        finite = math.isfinite(values["train/loss"]) and (scaled or math.isfinite(values["grad_norm"]))
-        if finite or scaled:  # with a scaler, step is what lowers the scale; it leaves the weights by itself
+        finite = math.isfinite(values["train/loss"]) and math.isfinite(values["grad_norm"])
+        if finite or self._scaled:  # with a scaler, step is what lowers the scale; it leaves the weights by itself
             self.optimizer.step()
-        if not finite:
+        if not finite and not self._scaled:
             log.warning(
                 "step %d: loss %s, gradient norm %s: no update", self.progress.step + 1, values["train/loss"], norm
             )
         self.optimizer.zero_grad()
         return values, finite
 
+    def _accumulate(self, batch: Sequence[Example], micro_batches: list[list[int]]) -> tuple[float, LossInput]:
+        """Add up the gradient of an optimiser step; return its loss and its record."""
+        self.optimizer.zero_grad()
+        other = mismatched(self.model, self.reference, self.objective, batch, micro_batches)
+        loss, records = 0.0, []
+        for indices in micro_batches:
+            share = len(indices) / len(batch)  # every example weighs the same, whatever its micro-batch
+            records.append(view(self.model, self.reference, self.objective, [batch[n] for n in indices]))
+            out = self.objective(replace(records[-1], **other))
+            self.accelerator.backward(out.loss * share)
+            loss += share * out.loss.item()
+        return loss, replace(concatenate(records, micro_batches), **other)
+
     def _check_start(self, examples: Sequence[Example]) -> None:
         """Refuse a policy that is not its reference before the first update: every objective would start wrong."""
         if not self.model.starts_at_reference:
             return
-        batch = [examples[i] for i in self.plan.indices(0, self.loop.seed)][: self.loop.per_device_train_batch_size]
-        self.model.training(False)
-        with torch.no_grad():
-            drift = largest_drift(view(self.model, self.reference, self.objective, batch))
+        batch = [examples[i] for i in self.plan.indices(0)][: self.loop.per_device_train_batch_size]
+        drift = largest_drift(self._score(batch))
         tolerance = START_TOLERANCE[self.model.dtype]
         log.info("reference: %s; at step 0 within %.1e nats a token", self.model.reference_is, drift)
         if not drift <= tolerance:
@@ -392,21 +394,32 @@ START_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.1
 """Largest |policy - reference| a token at step 0, in nats: the rounding of different batch shapes, no more."""
 
 
+def division(loop: Loop, size: int, base: Base, objective: Objective, parts: int = 1) -> Division:
+    """Return how examples are divided: `size` at once, or by the loop's tokens."""
+    scored = 2 if objective.view == "pairs" else 1
+    return Division(size, loop.per_device_max_tokens, base.layout == "padded", scored, parts)
+
+
 def score(
     model: LanguageModel,
     reference: ReferenceLogps,
     objective: Objective,
     examples: Sequence[Example],
-    batch_size: int,
-) -> LossInput:
-    """Score all examples without dropout or gradient, as one record."""
+    limits: Division,
+) -> tuple[LossInput, Division]:
+    """Score all examples without dropout or gradient.
+
+    Returns:
+        One record in their order, and the division that memory held.
+    """
+
+    def work(batches: list[list[int]]) -> LossInput:
+        with torch.no_grad():
+            records: list[Any] = [view(model, reference, objective, [examples[n] for n in batch]) for batch in batches]
+        return replace(concatenate(records, batches), **mismatched(model, reference, objective, examples, batches))
+
     model.training(False)
-    with torch.no_grad():
-        parts: list[Any] = [
-            view(model, reference, objective, examples[start : start + batch_size])
-            for start in range(0, len(examples), batch_size)
-        ]
-    return concatenate(parts)
+    return within_memory(work, examples, limits)
 
 
 def eval_metrics(out: LossOutput) -> dict[str, float]:

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import final
 
+from torch import Tensor
+
 from dpo.errors import ConfigError, ModelError
 from dpo.evaluation.measures import Estimate, mean
 from dpo.model.base import LanguageModel, Role
-from dpo.model.forest import Forest, Group
-from dpo.model.logprobs import completion_logps
 from dpo.model.rollout import Sample, sample
+from dpo.model.views import score
 
 Reward = Callable[[str, str], float]
 """Maps (prompt, completion), both plain text, to a finite number; higher is better."""
@@ -78,13 +79,14 @@ def log_ratios(model: LanguageModel, samples: Sequence[Sample], batch_size: int 
     """Return log policy - log reference of each sample, summed over its tokens, in nats."""
     ratios: list[float] = []
     for start in range(0, len(samples), batch_size):
-        groups = [Group(one.prompt, [one.completion]) for one in samples[start : start + batch_size]]
-        forest = Forest.padded(groups, model.pad_id).to(model.device)
-        scored = {}
-        for role in ("policy", "reference"):
-            with model.reading(role) as network:
-                scored[role] = completion_logps(network, forest).sums
-        ratios += (scored["policy"] - scored["reference"]).tolist()
+        keys = [(one.prompt, one.completion) for one in samples[start : start + batch_size]]
+        roles: tuple[Role, Role] = ("policy", "reference")
+        sums: list[Tensor] = []
+        for role in roles:
+            with model.reading(role):
+                sums.append(score(model, keys, role).sums)
+        policy, reference = sums
+        ratios += (policy - reference).tolist()
     return ratios
 
 

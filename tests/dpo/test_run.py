@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,7 +18,6 @@ from dpo import run as run_module
 from dpo.errors import CheckpointError, ConfigError, DataError, ModelError, TrainingError
 from dpo.metrics import read
 from dpo.model.base import ModelConfig, load_base
-from dpo.model.reference import References
 from dpo.run import Result, evaluate_run, execute, held_out, only_process, speak_at_start, speaking
 from dpo.settings import Run, plan, read_overrides, read_run
 
@@ -180,6 +180,46 @@ def test_nothing_is_written_before_model_name_adapter_and_data_are_checked(
     assert not Path("runs").exists()
 
 
+def test_nothing_is_left_where_the_tokenizer_loads_and_the_weights_do_not(
+    run: RunRecipe, tiny_model_folder: Path
+) -> None:
+    shutil.copytree(tiny_model_folder, "damaged")
+    weights = Path("damaged/model.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-100])
+    before = tree(Path.cwd())
+    with pytest.raises(ModelError, match=r"model\.name='damaged': .* could not load it"):
+        run("dpo", "model.name=damaged", "output.dir=deep/mine")
+    assert tree(Path.cwd()) == before
+    assert not Path("deep").exists()
+
+
+@pytest.mark.parametrize("needed", [True, False])
+def test_checkpointing_is_turned_on_where_memory_needs_it(
+    run: RunRecipe, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, needed: bool
+) -> None:
+    asked: list[int] = []
+    seen: list[bool] = []
+
+    def must(base: Any, config: ModelConfig, optimiser: str, tokens: int) -> bool:
+        asked.append(tokens)
+        return needed
+
+    def watched(**given: Any) -> Any:
+        seen.append(given["model"].network.is_gradient_checkpointing)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run_module, "must_checkpoint", must)
+    monkeypatch.setattr(run_module, "train", watched)
+    with caplog.at_level(logging.INFO, "dpo"), pytest.raises(KeyboardInterrupt):
+        run("dpo", "output.dir=mine")
+    assert seen == [needed]
+    assert ("gradient checkpointing is on" in caplog.text) is needed
+    assert 0 < asked[0] < 10_000
+    with pytest.raises(KeyboardInterrupt):
+        run("dpo", "output.dir=other", "model.activation_offload=true")
+    assert len(asked) == 1  # what is offloaded need not be computed again
+
+
 # --- stages ---
 
 
@@ -222,10 +262,8 @@ def test_a_shared_base_is_given_back_as_it_was_also_after_a_failure(run: RunReci
     before = {name: tensor.clone() for name, tensor in base.network.state_dict().items()}
     stopped_before_training(run, base=base)
     assert base.network.state_dict().keys() == before.keys()
-    known: References = {}
-    (shared,) = run("dpo", "output.dir=shared", base=base, references=known)
+    (shared,) = run("dpo", "output.dir=shared", base=base)
     assert all(tensor.equal(before[name]) for name, tensor in base.network.state_dict().items())
-    assert sum(map(len, known.values())) > 0
     (alone,) = run("dpo", "output.dir=alone")
     assert adapter(shared) == adapter(alone)
     with pytest.raises(ConfigError, match=r"model\.lora=null trains the base itself, which is shared here"):

@@ -8,8 +8,9 @@ import torch
 from dpo.losses.dpo import DPO
 from dpo.losses.kto import KTO
 from dpo.losses.sft import SFT
+from dpo.model.forest import Group
 from dpo.model.reference import ReferenceLogps
-from dpo.model.views import concatenate, keys, largest_drift, tokens, view
+from dpo.model.views import concatenate, keys, largest_drift, mismatched, score, tokens, view
 
 
 @pytest.fixture
@@ -34,41 +35,77 @@ def near(ours, expected):
     torch.testing.assert_close(ours.detach(), expected, rtol=0, atol=1e-5)
 
 
-def test_pairs(model, examples, one_by_one):
+def side(examples, number):
+    return [(example.prompt, example.completions[number]) for example in examples]
+
+
+@pytest.mark.parametrize(
+    ("objective", "number", "policy", "reference", "length", "lengths"),
+    [
+        (DPO(), 0, "policy_chosen", "reference_chosen", "chosen_length", [3, 5, 2, 7]),
+        (DPO(), 1, "policy_rejected", "reference_rejected", "rejected_length", [2, 4, 6, 2]),
+        (KTO(), 0, "policy", "reference", "length", [3, 5, 2, 7]),
+    ],
+    ids=["chosen", "rejected", "judged"],
+)
+def test_each_side_is_in_its_own_column(
+    model, examples, one_by_one, objective, number, policy, reference, length, lengths
+):
+    record = view(model, ReferenceLogps(model), objective, examples)
+    near(getattr(record, policy), one_by_one("policy", side(examples, number)))
+    near(getattr(record, reference), one_by_one("reference", side(examples, number)))
+    assert getattr(record, policy).requires_grad
+    assert not getattr(record, reference).requires_grad
+    assert getattr(record, length).tolist() == lengths
+    near(record.weight, torch.tensor([1.0, 2.0, 3.0, 4.0]))
+
+
+def test_pairs_hold_the_soft_labels(model, examples):
     record = view(model, ReferenceLogps(model), DPO(), examples)
-    chosen, rejected = ([(example.prompt, example.completions[side]) for example in examples] for side in (0, 1))
-    near(record.policy_chosen, one_by_one("policy", chosen))
-    near(record.policy_rejected, one_by_one("policy", rejected))
-    near(record.reference_chosen, one_by_one("reference", chosen))
-    near(record.reference_rejected, one_by_one("reference", rejected))
-    assert record.chosen_length.tolist() == [3, 5, 2, 7]
-    assert record.rejected_length.tolist() == [2, 4, 6, 2]
     near(record.preference, torch.tensor([1.0, 0.9, 0.8, 0.7]))
-    near(record.weight, torch.tensor([1.0, 2.0, 3.0, 4.0]))
-    assert record.policy_chosen.requires_grad
-    assert record.policy_rejected.requires_grad
-    assert not record.reference_chosen.requires_grad
 
 
-def test_judgements(model, examples, one_by_one):
+def test_judgements_hold_the_labels_and_no_mismatched_completions(model, examples):
     record = view(model, ReferenceLogps(model), KTO(), examples)
-    own, other = ([(example.prompt, example.completions[side]) for example in examples] for side in (0, 1))
-    near(record.policy, one_by_one("policy", own))
-    near(record.reference, one_by_one("reference", own))
-    near(record.policy_mismatched, one_by_one("policy", other))
-    near(record.reference_mismatched, one_by_one("reference", other))
     assert record.desirable.tolist() == [True, False, True, False]
-    assert record.length.tolist() == [3, 5, 2, 7]
-    near(record.weight, torch.tensor([1.0, 2.0, 3.0, 4.0]))
-    assert record.policy.requires_grad
-    assert not record.policy_mismatched.requires_grad
+    assert record.policy_mismatched is None
+    assert record.reference_mismatched is None
+
+
+def test_mismatched_completions_are_scored_without_gradient_in_the_order_of_the_examples(model, examples, one_by_one):
+    other = side(examples, 1)
+    found = mismatched(model, ReferenceLogps(model), KTO(), examples, [[2, 0], [3, 1]])
+    near(found["policy_mismatched"], one_by_one("policy", other))
+    near(found["reference_mismatched"], one_by_one("reference", other))
+    assert not found["policy_mismatched"].requires_grad
+    assert mismatched(model, ReferenceLogps(model), DPO(), examples, [[0, 1, 2, 3]]) == {}
+
+
+def test_what_is_asked_for_twice_is_scored_once(model, examples, monkeypatch):
+    """Six pairs of one prompt with four completions are one group of four, however often each completion is named."""
+    four = [(20, 3), (21, 3), (22, 23, 3), (24, 3)]
+    pairs = [(a, b) for i, a in enumerate(four) for b in four[i + 1 :]]
+    ranked = [replace(examples[0], completions=pair) for pair in pairs] + [examples[1]]
+    laid: list[list[Group]] = []
+    forest = type(model).forest
+
+    def watch(self, groups):
+        laid.append(list(groups))
+        return forest(self, groups)
+
+    monkeypatch.setattr(type(model), "forest", watch)
+    found = score(model, keys(ranked))
+    assert [len(group.completions) for group in laid[0]] == [4, 2]
+    alone = torch.stack([score(model, [key]).sums[0] for key in keys(ranked)])
+    near(found.sums, alone.detach())
+    assert found.lengths.tolist() == [len(completion) for _, completion in keys(ranked)]
 
 
 def test_demonstrations(model, examples, one_by_one):
     single = [replace(example, completions=example.completions[:1]) for example in examples]
     reference = ReferenceLogps(model)
     record = view(model, reference, SFT(), single)
-    near(record.policy, one_by_one("policy", [(example.prompt, example.completions[0]) for example in single]))
+    near(record.policy, one_by_one("policy", side(examples, 0)))
     assert record.reference is None
     assert record.policy_mismatched is None
     assert record.reference_mismatched is None
@@ -95,7 +132,8 @@ def test_tokens_count_a_prompt_once(examples):
 def test_concatenated_batches_are_the_whole(model, examples, objective):
     reference = ReferenceLogps(model)
     whole = view(model, reference, objective, examples)
-    parts = concatenate([view(model, reference, objective, examples[i : i + 3]) for i in (0, 3)])
+    batches = [[3, 1], [0, 2]]
+    parts = concatenate([view(model, reference, objective, [examples[n] for n in batch]) for batch in batches], batches)
     assert type(parts) is type(whole)
     for field in fields(whole):
         torch.testing.assert_close(getattr(parts, field.name), getattr(whole, field.name), rtol=0, atol=1e-5)
@@ -103,7 +141,7 @@ def test_concatenated_batches_are_the_whole(model, examples, objective):
 
 def test_what_is_absent_stays_absent(model, examples):
     record = view(model, ReferenceLogps(model), SFT(), examples)
-    assert concatenate([record, record]).reference is None
+    assert concatenate([record, record], [[0, 1, 2, 3], [4, 5, 6, 7]]).reference is None
 
 
 class TestDrift:
