@@ -1,0 +1,1 @@
+"""Commands that measure what the project claims; README.md says how to run and read them."""
