@@ -111,10 +111,15 @@ def test_the_cpu_build_of_torch_is_the_tested_version():
 
 
 @pytest.mark.parametrize("command", DPO_COMMANDS)
-def test_a_command_is_accepted(command: str, folder: Path, planned: list[Run]):
+def test_a_command_is_accepted(
+    command: str, folder: Path, planned: list[Run], tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("dpo.model.base.fetch_embedded", lambda: tiny_model_folder)
     done = CliRunner().invoke(app, shlex.split(command)[1:], prog_name="dpo", catch_exceptions=False)
     assert done.exit_code == 0, done.output
-    if command.startswith("dpo train"):
+    if "--plan" in command:
+        assert "Memory plan" in done.output
+    elif command.startswith("dpo train"):
         assert planned
         checked = check(planned[0].data)
         for run in planned:  # the rows that README shows hold the examples that the objective takes
