@@ -29,7 +29,7 @@ from dpo.metrics import AXES, METRICS, Row, read
 from dpo.model.base import Base, LanguageModel, LoRA, ModelConfig, load_base
 from dpo.model.reference import ReferenceLogps
 from dpo.sinks import Sink
-from dpo.train import Loop, Optimiser, Outcome, learning_rate, peak_memory, reset_peak_memory, train
+from dpo.train import Loop, Optimiser, Outcome, division, learning_rate, peak_memory, reset_peak_memory, train
 from dpo.types import LossOutput
 
 OPTIMISER = Optimiser(learning_rate=1e-3, warmup_ratio=0.2)
@@ -241,14 +241,19 @@ def assert_close(first: Path, second: Path) -> None:
 def test_a_step_is_the_same_however_it_is_divided(lab: Lab, tmp_path: Path, objective: Objective, layout: str) -> None:
     """By examples, by tokens, one by one, all at once, in either layout: one batch, one gradient, one metric."""
     loop = replaced(LOOP, num_train_epochs=1)
+    examples, base = lab.examples(objective, 20), replace(lab.base, layout=layout)
+    five = division(loop, 5, base, objective).largest(examples)
     ways = {
         "examples": loop,
         "all": replaced(loop, per_device_train_batch_size=8, gradient_accumulation_steps=1),
-        "tokens": replaced(loop, per_device_max_tokens=60),
+        "tokens": replaced(loop, per_device_max_tokens=five),
         "one": replaced(loop, per_device_max_tokens=1),
     }
+    step = [examples[n] for n in Plan.of(20, 8, epochs=1, max_steps=None, seed=LOOP.seed).indices(0)]
+    parts = division(ways["tokens"], 4, base, objective).micro_batches(step)
+    assert len(set(map(len, parts))) > 1  # uneven, so that a mean of their means would be another
     for way, settings in ways.items():
-        given = lab if way == "examples" else replace(lab, base=replace(lab.base, layout=layout))
+        given = lab if way == "examples" else replace(lab, base=base)
         given.run(tmp_path / way, objective, loop=settings, held_out=5)
         assert_close(tmp_path / way, tmp_path / "examples")
 
