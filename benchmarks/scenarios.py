@@ -11,6 +11,9 @@ from typing import Any, final
 from dpo.batches import Plan
 from dpo.data import DataConfig, Example, prepare
 
+SEED = 0
+"""Of the order of examples, in every worker."""
+
 HH_MAX_LENGTH = 512
 """Most tokens of prompt and completion in `hh`; longer pairs are dropped."""
 
@@ -29,6 +32,13 @@ class Shape:
     """Tokens of a completion (>= 4), on average."""
     completions: int = 2
     """Completions of a prompt (>= 2)."""
+    ranked: bool = False
+    """Whether a loss ranks all completions of a prompt; else it compares them two by two."""
+
+    @property
+    def pairs(self) -> int:
+        """Pairs of a prompt in one step, where completions are compared two by two."""
+        return self.completions // 2
 
 
 SHAPES: dict[str, Shape | None] = {
@@ -36,6 +46,7 @@ SHAPES: dict[str, Shape | None] = {
     "long": Shape(prompt=400, completion=60),
     "short": Shape(prompt=20, completion=200),
     "k4": Shape(prompt=200, completion=60, completions=4),
+    "k4-ranked": Shape(prompt=200, completion=60, completions=4, ranked=True),
 }
 """By scenario; None takes the pairs as they are."""
 
@@ -56,6 +67,23 @@ def derive(pairs: Sequence[Example], shape: Shape | None, count: int) -> list[Ex
         return _spread(pairs, count)
     fitting = [pair for pair in pairs if _fits(pair, shape)]
     return _spread(fitting, count) if len(fitting) >= count else _cut(pairs, shape, count)
+
+
+def in_pairs(examples: Sequence[Example], batch: int) -> list[Example]:
+    """Return every example's completions two by two, in the places where `batches` finds a prompt's pairs in one step.
+
+    Args:
+        examples: each of the same even number of completions.
+        batch: examples of one step.
+    """
+    pairs = [
+        replace(e, completions=e.completions[n : n + 2]) for e in examples for n in range(0, len(e.completions), 2)
+    ]
+    size = batch * len(pairs) // len(examples)
+    plan = Plan.of(len(pairs), size, epochs=1, max_steps=None, seed=SEED)
+    taken = [n for step in range(plan.steps) for n in plan.indices(step)]
+    placed = dict(zip(taken, pairs, strict=True))
+    return [placed[n] for n in range(len(pairs))]
 
 
 def _spread(examples: Sequence[Example], count: int) -> list[Example]:
@@ -114,7 +142,7 @@ def from_rows(rows: Sequence[Sequence[Sequence[int]]]) -> list[Example]:
     ]
 
 
-def batches(examples: Sequence[Example], batch: int, seed: int) -> list[list[Example]]:
+def batches(examples: Sequence[Example], batch: int) -> list[list[Example]]:
     """Return what each optimiser step of the product's own loop takes in one epoch: others are given the same."""
-    plan = Plan.of(len(examples), batch, epochs=1, max_steps=None, seed=seed)
+    plan = Plan.of(len(examples), batch, epochs=1, max_steps=None, seed=SEED)
     return [[examples[i] for i in plan.indices(step)] for step in range(plan.steps)]

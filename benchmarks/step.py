@@ -14,9 +14,9 @@ from typing import Any, final
 
 from benchmarks import growth
 from benchmarks.report import ROOT, Machine, Result, document, markdown, step_table
-from benchmarks.scenarios import HH_MAX_LENGTH, SHAPES, batches, derive, read_pairs, to_rows
+from benchmarks.scenarios import HH_MAX_LENGTH, SHAPES, batches, derive, in_pairs, read_pairs, to_rows
 from benchmarks.turns import BenchmarkError, Job, take_turns
-from benchmarks.workers import PAIR_VARIANTS, RANKING_VARIANTS, SEED
+from benchmarks.workers import PAIR_VARIANTS, RANKING_VARIANTS
 from dpo.data import Example
 from dpo.errors import DPOError, nearest
 from dpo.model.base import ModelConfig, load_tokenizer
@@ -52,12 +52,14 @@ class Bench:
         known, usual = (PAIR_VARIANTS, DEFAULT_PAIRS) if _is_pairs(scenario) else (RANKING_VARIANTS, DEFAULT_RANKINGS)
         names = [name for name in variants or usual if name in known]
         steps = self.warmup + self.rounds
-        examples = derive(self.pairs, shape, self.batch * steps)
-        jobs = [Job(name, self.model, self.batch, self.warmup, self.rounds, rows=to_rows(examples)) for name in names]
-        timed = [tokens(batch) for batch in batches(examples, self.batch, SEED)[self.warmup :]]
+        examples, size = derive(self.pairs, shape, self.batch * steps), self.batch
+        if shape is not None and shape.completions > 2 and not shape.ranked:
+            examples, size = in_pairs(examples, self.batch), self.batch * shape.pairs
+        jobs = [Job(name, self.model, size, self.warmup, self.rounds, rows=to_rows(examples)) for name in names]
+        timed = [tokens(batch) for batch in batches(examples, size)[self.warmup :]]
         results = take_turns(jobs, COMMAND, timed, self._logs(scenario), _environment())
         kind = "pairs a step" if _is_pairs(scenario) else "prompts a step (forward and backward pass only)"
-        says = f"{self.batch} {kind}, {sum(timed) / self.rounds:.0f} tokens, {self.rounds} rounds"
+        says = f"{size} {kind}, {sum(timed) / self.rounds:.0f} tokens, {self.rounds} rounds"
         return f"## {scenario}\n\n{says}\n\n{markdown(step_table(results, self.peak_tflops))}"
 
     def _growth(self) -> str:
@@ -77,7 +79,7 @@ class Bench:
 
 def _is_pairs(scenario: str) -> bool:
     shape = SHAPES[scenario]
-    return shape is None or shape.completions == 2
+    return shape is None or not shape.ranked
 
 
 def _environment() -> dict[str, str]:

@@ -15,7 +15,7 @@ from typing import Any, final
 
 import torch
 
-from benchmarks.scenarios import batches, from_rows
+from benchmarks.scenarios import SEED, batches, from_rows
 from benchmarks.turns import Gate, Job
 from dpo.data import DataConfig, Example, prepare
 from dpo.losses.dpo import DPO
@@ -28,7 +28,6 @@ from dpo.train import Loop, Optimiser, train
 
 RATE = 2e-4
 BETA = 0.1
-SEED = 0
 LORA = LoRA(r=16, alpha=32, dropout=0.0, target_modules="all-linear")
 DTYPE = "bfloat16"
 
@@ -100,7 +99,7 @@ def ranking(job: Job, gate: Gate, layout: str) -> float:
     model = LanguageModel.start(base, config, SEED)
     model.training(True)
     losses: list[float] = []
-    for batch in batches(examples, job.batch, SEED):
+    for batch in batches(examples, job.batch):
         loss = _ranking_loss(model, batch)
         loss.backward()
         for parameter in model.parameters():
@@ -142,7 +141,7 @@ def trl(job: Job, gate: Gate, settings: Mapping[str, Any]) -> float:
     with torch.no_grad():  # weights mapped from the file enter memory when they are first read
         network(input_ids=torch.tensor([[1, 2, 3]], device=device))
     gate.loaded(network)
-    ordered = list(chain.from_iterable(batches(from_rows(job.rows), job.batch, SEED)))
+    ordered = list(chain.from_iterable(batches(from_rows(job.rows), job.batch)))
     columns = {
         "prompt_ids": [list(example.prompt) for example in ordered],
         "chosen_ids": [list(example.completions[0]) for example in ordered],

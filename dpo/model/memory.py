@@ -11,7 +11,7 @@ import re
 import warnings
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, final
 
@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from dpo.errors import ConfigError
 from dpo.model.base import Base, LanguageModel, ModelConfig, choose_dtype, from_pretrained
 from dpo.model.logprobs import CHUNK, TILE
-from dpo.model.tree_attention import needs_eager
+from dpo.model.tree_attention import SHORT, needs_eager
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -197,7 +197,7 @@ def needs_checkpointing(plan: MemoryPlan, free_bytes: int, tokens: int) -> bool:
     return plan.total(tokens, checkpointing=False) > free_bytes
 
 
-def must_checkpoint(base: Base, config: ModelConfig, optimiser: str, tokens: int) -> bool:
+def must_checkpoint(base: Base, config: ModelConfig, optimiser: str, tokens: int, moving: bool = False) -> bool:
     """Tell whether a micro-batch of `tokens` exceeds what is free now, `base` being loaded, unless it recomputes.
 
     The passes are counted only where a rule of thumb on the safe side does not answer.
@@ -209,12 +209,14 @@ def must_checkpoint(base: Base, config: ModelConfig, optimiser: str, tokens: int
     assumed, _ = _assumed(base.network.config.get_text_config(), torch.float32)
     if config.lora is not None and assumed.per_token * tokens < free / 2:
         return False
-    plan = plan_memory(config, optimiser, Card.here(base.device))
+    plan = plan_memory(config, optimiser, Card.here(base.device), moving=moving)
     loaded = sum(size for name, size in plan.parts.items() if name.startswith(BASE_WEIGHTS))
     return needs_checkpointing(plan, free + loaded, tokens)
 
 
-def plan_memory(config: ModelConfig, optimiser: str, card: Card, frozen_adapter: bool = False) -> MemoryPlan:
+def plan_memory(
+    config: ModelConfig, optimiser: str, card: Card, frozen_adapter: bool = False, moving: bool = False
+) -> MemoryPlan:
     """Plan the memory of training `config` with the optimiser of that name.
 
     Seeds the random generators, as every start of a policy does.
@@ -225,6 +227,7 @@ def plan_memory(config: ModelConfig, optimiser: str, card: Card, frozen_adapter:
         card: what will train; it decides what dtype "auto" is, and the head's tile.
         frozen_adapter: whether a frozen copy of the adapter is the reference though `config` names none: in a stage
             that goes on from the stage before.
+        moving: whether a reference follows the policy beside it.
 
     Raises:
         ConfigError: an unknown optimiser.
@@ -240,6 +243,8 @@ def plan_memory(config: ModelConfig, optimiser: str, card: Card, frozen_adapter:
     model, parts, spare = _start(plain_config, settings, dtype)
     parts |= _roles(model, config.lora is not None, frozen_adapter)
     trained = model.parameters()
+    if moving:  # another adapter, or another copy of all weights
+        parts["moving reference"] = sum(map(_bytes, trained))
     parts["gradients"] = sum(map(_bytes, trained))
     parts[f"optimiser state ({optimiser})"] = optimiser_bytes(optimiser, trained)
     head = model.network.get_output_embeddings().weight
@@ -257,6 +262,12 @@ def plan_memory(config: ModelConfig, optimiser: str, card: Card, frozen_adapter:
         plain = _activations(model, dtype, text.hidden_size)
         again, _, _ = _start(checkpointed_config, settings, dtype)
         checkpointed = _activations(again, dtype, text.hidden_size)
+        if card.device == "cpu":  # its attention keeps the scores of short blocks, see tree_attention
+            scores = (
+                text.num_attention_heads * math.isqrt(SHORT) * dtype.itemsize
+            )  # of a token in the longest such block
+            plain = replace(plain, per_token=plain.per_token + text.num_hidden_layers * scores)
+            checkpointed = replace(checkpointed, per_token=checkpointed.per_token + scores)
     except Exception as error:  # whatever a family does that tensors without content cannot
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         plain, checkpointed = _assumed(text, dtype)

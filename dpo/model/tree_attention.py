@@ -24,6 +24,12 @@ ARGUMENT = "branches"
 """The keyword under which a `Branches` travels through the model to every attention layer."""
 
 
+SHORT = 2**17
+"""Scores of a block, queries times keys, up to which a CPU takes the two products as they are. Its fused kernel pays
+off for long blocks alone: on short ones its backward pass takes several times as long (docs/experiments.md). What is
+kept for the backward pass are `heads * SHORT` numbers a layer and block at most."""
+
+
 @final
 class Branches:
     """What attention needs to know of one packed row; masks are made once and serve every layer."""
@@ -83,7 +89,8 @@ def _attend(
     queries, keys = query.shape[2], key.shape[2]
     if window is not None and keys <= window:
         window = None
-    if softcap is None and sinks is None:
+    written_out = softcap is not None or sinks is not None or (query.device.type == "cpu" and queries * keys <= SHORT)
+    if not written_out:
         grouped = query.shape[1] != key.shape[1]
         if queries == keys and window is None:
             return scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=grouped)
@@ -97,17 +104,16 @@ def _attend(
         else:
             mask = branches.causal(queries, keys, window)
         return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=grouped)
-    repeats = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
-    scores = query @ key.transpose(2, 3) * scale
+    # Heads that share keys lie in one matrix, so that no key is copied.
+    shared = (query * scale).reshape(key.shape[1], -1, query.shape[3])
+    scores = torch.bmm(shared, key[0].transpose(1, 2)).view(-1, queries, keys)
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
     scores = scores.masked_fill(~branches.causal(queries, keys, window), torch.finfo(scores.dtype).min)
     if sinks is not None:  # a learned logit per head that takes probability and gives no value
-        sink = sinks.to(scores.dtype).view(1, -1, 1, 1).expand(1, -1, queries, 1)
-        scores = torch.cat([scores, sink], -1)
-    wide = torch.float64 if scores.dtype == torch.float64 else torch.float32
-    return scores.softmax(-1, dtype=wide)[..., :keys].to(value.dtype) @ value
+        scores = torch.cat([scores, sinks.to(scores.dtype).view(-1, 1, 1).expand(-1, queries, 1)], -1)
+    shares = scores.softmax(-1)[..., :keys].reshape(key.shape[1], -1, keys)
+    return torch.bmm(shares, value[0]).view(1, -1, queries, value.shape[3])
 
 
 def _tree_sdpa(

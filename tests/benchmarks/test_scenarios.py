@@ -9,7 +9,7 @@ from statistics import mean
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from benchmarks.scenarios import SHAPES, WIDTH, Shape, batches, derive, from_rows, read_pairs, to_rows
+from benchmarks.scenarios import SHAPES, WIDTH, Shape, batches, derive, from_rows, in_pairs, read_pairs, to_rows
 from dpo.data import Example
 
 
@@ -81,10 +81,28 @@ def test_rows_travel_as_json():
 
 
 def test_an_epoch_is_dealt_out_in_the_order_of_the_loop():
-    dealt = batches(PAIRS, 4, seed=3)
+    dealt = batches(PAIRS, 4)
     assert [len(batch) for batch in dealt] == [4] * 10
     assert sorted(example.source for batch in dealt for example in batch) == sorted(one.source for one in PAIRS)
-    assert dealt != batches(PAIRS, 4, seed=4)
+    assert [example.source for batch in dealt for example in batch] != [one.source for one in PAIRS]
+
+
+def test_a_step_holds_all_pairs_of_its_prompts():
+    four = [replace(one, completions=(*one.completions, (1, number), (2, number))) for number, one in enumerate(PAIRS)]
+    placed = in_pairs(four, 5)
+    assert len(placed) == 80
+    seen = []
+    for batch in batches(placed, 10):
+        prompts = {one.source for one in batch}
+        assert (len(batch), len(prompts)) == (10, 5)
+        for source in prompts:
+            (whole,) = [one for one in four if one.source == source]
+            assert {one.completions for one in batch if one.source == source} == {
+                whole.completions[:2],
+                whole.completions[2:],
+            }
+        seen += prompts
+    assert sorted(seen) == sorted(one.source for one in PAIRS)
 
 
 def test_pairs_are_read_from_a_file(tmp_path: Path, pairs_file: Callable[..., Path], chatml: PreTrainedTokenizerBase):

@@ -76,7 +76,7 @@ def test_trl_is_imported_only_to_be_measured():
         (["--variants", "trl"], "--variants: got 'trl', expected some of ours"),
         (["--scenarios", ","], "--scenarios: got no name"),
         (["--data", "absent.jsonl"], "--data: absent.jsonl is no file"),
-        (["--scenarios", "k4", "--variants", "trl-best", "--data", __file__], "none of which can do k4"),
+        (["--scenarios", "k4-ranked", "--variants", "trl-best", "--data", __file__], "none of which can do k4-ranked"),
     ],
 )
 def test_a_command_that_cannot_be_carried_out_says_why(arguments: list[str], message: str):

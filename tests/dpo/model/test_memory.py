@@ -1,8 +1,10 @@
 """The memory plan: by hand on a tiny Llama, and held against what the real model keeps."""
 
 import json
+import math
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +18,7 @@ from transformers.quantizers.base import get_keys_to_not_convert
 from dpo.errors import ConfigError, ModelError
 from dpo.model import memory
 from dpo.model.base import LanguageModel, LoRA, ModelConfig, load_base
+from dpo.model.forest import Forest, Group
 from dpo.model.logprobs import Head, token_scores
 from dpo.model.memory import (
     Activations,
@@ -27,6 +30,7 @@ from dpo.model.memory import (
     needs_checkpointing,
     plan_memory,
 )
+from dpo.model.tree_attention import SHORT, Branches, _tree_sdpa
 
 GIB = 2**30
 CARD = Card("a card", "cpu", 10 * GIB, 0, torch.float32)
@@ -103,6 +107,15 @@ def test_full_weights_have_a_reference_copy(tiny_config: ModelConfig, tiny_model
     assert parts["frozen reference copy"] == parts["gradients"] == parts["base weights (float32)"] == weights
     assert parts["optimiser state (rmsprop)"] == weights + 4 * (2 * 9 + 3)
     assert "adapter weights" not in parts
+
+
+@pytest.mark.parametrize("lora", [LoRA(), None], ids=["adapter", "full weights"])
+def test_a_moving_reference_is_held_beside(tiny_config: ModelConfig, lora: LoRA | None) -> None:
+    config = tiny_config.model_copy(update={"lora": lora})
+    still, moving = (plan_memory(config, "adamw", CARD, moving=moving) for moving in (False, True))
+    weights = still.parts["gradients"]  # in float32, one for each trained weight
+    assert moving.held - still.held == moving.parts["moving reference"] == weights
+    assert "moving reference" not in still.parts
 
 
 def test_a_starting_adapter_is_held_twice(
@@ -257,11 +270,40 @@ def test_the_line_tells_other_lengths(tiny_config: ModelConfig) -> None:
     for checkpointing in (False, True):
         config = tiny_config.model_copy(update={"gradient_checkpointing": checkpointing})
         built, _, _ = memory._start(config, LlamaConfig.from_pretrained(config.name), torch.float32)
-        planned = plan_memory(config, "adamw", CARD)
+        planned = plan_memory(config, "adamw", replace(CARD, device="cuda"))
         grown = planned.checkpointed if checkpointing else planned.plain
         assert grown.fixed + (grown.per_token - 2 * 32 * 4) * 700 == pytest.approx(
             count_pass(built, 700).peak, rel=0.02
         )
+
+
+def test_the_scores_that_a_processor_keeps_are_counted(tiny_config: ModelConfig) -> None:
+    """As many as the longest block keeps that is written out: more than a shorter one, and none of a longer one."""
+    ours, fused = (plan_memory(tiny_config, "adamw", replace(CARD, device=device)) for device in ("cpu", "cuda"))
+    longest = math.isqrt(SHORT)
+    assert ours.plain.per_token - fused.plain.per_token == 2 * 4 * longest * 4  # layers, heads, keys, bytes
+    assert ours.checkpointed.per_token - fused.checkpointed.per_token == 4 * longest * 4
+
+    def kept(queries: int) -> int:
+        forest = Forest.packed([Group([1], [[1] * (queries - 1)])])
+        query, key, value = (torch.randn(1, heads, queries, 8, requires_grad=True) for heads in (4, 2, 2))
+        saved: dict[int, int] = {}
+        given = {tensor.untyped_storage()._cdata for tensor in (query, key, value)}
+
+        def save(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in given and tensor.is_floating_point():
+                saved[storage._cdata] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
+            out, _ = _tree_sdpa(None, query, key, value, None, branches=Branches(forest))
+        assert out.requires_grad
+        return sum(saved.values())
+
+    beside = 2 * 4 * 8 * 4  # bytes a token of the scaled queries, and of the output
+    assert 4 * longest * 4 <= kept(longest) / longest <= 4 * longest * 4 + beside
+    assert kept(2 * longest) / (2 * longest) <= beside
 
 
 def test_more_tokens_take_more_and_checkpointing_takes_less(tiny_config: ModelConfig) -> None:

@@ -118,9 +118,14 @@ class TestEveryFamily:
         assert layout == ("packed" if family not in {"Lfm2", "Mamba"} else "padded")
         assert (network.config._attn_implementation == NAMES["sdpa"]) == (layout == "packed")
 
-    @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
+    @pytest.mark.parametrize(
+        ("checkpointing", "short"),
+        [(False, tree_attention.SHORT), (True, tree_attention.SHORT), (False, 0)],
+        ids=["kept", "recomputed", "fused kernel"],
+    )
     @pytest.mark.parametrize("k", [1, 2, 4])
-    def test_equals_each_sequence_alone(self, equipped, alone, k, checkpointing):
+    def test_equals_each_sequence_alone(self, equipped, alone, k, checkpointing, short, monkeypatch):
+        monkeypatch.setattr(tree_attention, "SHORT", short)
         network, parameters, layout = equipped
         groups = first(k)
         forests = [Forest.padded(groups, 0)] + ([Forest.packed(groups)] if layout == "packed" else [])
@@ -253,15 +258,18 @@ class TestAgainstTheRule:
         scaling=st.none() | st.just(0.7),
         softcap=st.none() | st.just(0.8),
         sinks=st.booleans(),
+        short=st.sampled_from([0, 6, tree_attention.SHORT]),
     )
-    def test_any_forest(self, groups, window, scaling, softcap, sinks):
+    def test_any_forest(self, groups, window, scaling, softcap, sinks, short):
         forest = Forest.packed(groups)
         given = tensors(forest)
         logits = torch.tensor([0.5, -1.0, 2.0, 0.0], dtype=torch.float64, requires_grad=True) if sinks else None
         wanted = given if logits is None else (*given, logits)
-        ours, weights = tree_attention._tree_sdpa(
-            None, *given, None, scaling, window, softcap, logits, branches=Branches(forest)
-        )
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(tree_attention, "SHORT", short)  # both kernels, also side by side
+            ours, weights = tree_attention._tree_sdpa(
+                None, *given, None, scaling, window, softcap, logits, branches=Branches(forest)
+            )
         expected = dense(*given, forest, window, 3**-0.5 if scaling is None else scaling, softcap, logits)
         assert weights is None
         torch.testing.assert_close(ours, expected, rtol=0, atol=1e-12)
