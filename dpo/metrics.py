@@ -331,7 +331,7 @@ def read(path: Path) -> list[Row]:
 def _find(name: str) -> Metric:
     if name in METRICS:
         return METRICS[name]
-    if name.startswith(CUSTOM) and len(name) > len(CUSTOM):
+    if (own := name.removeprefix("eval/")).startswith(CUSTOM) and len(own) > len(CUSTOM):
         return Metric(name, "objective's own", "Defined by the objective that emits it.")
     raise ValueError(
         f"metric {name!r} is not defined in dpo.metrics.{nearest(name, METRICS)} "

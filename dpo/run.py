@@ -18,10 +18,10 @@ from filelock import FileLock, Timeout
 
 from dpo import checkpoint
 from dpo.data import Checked, DataConfig, Prepared, Renderer, check, prepare
-from dpo.errors import CheckpointError, ConfigError, DPOError, TrainingError
+from dpo.errors import CheckpointError, ConfigError, DataError, DPOError, TrainingError
 from dpo.evaluation.measures import Estimate, pair_accuracy
 from dpo.evaluation.samples import Spoken, find_reward, speak
-from dpo.losses import Objective
+from dpo.losses import MovesReference, Objective
 from dpo.model.base import (
     Base,
     LanguageModel,
@@ -114,6 +114,7 @@ def execute(
         resolved = run.override({"model": {"adapter": adapter}, "output": {"dir": str(folder)}})
         objective = run.objective.build()
         prepared = prepare(checked, tokenizer, objective.view, mismatched=objective.needs_mismatched)
+        _refuse_soft_labels(objective, prepared)
         stages.append(_Stage(resolved, folder, objective, prepared))
     with only_process(root):
         for stage in stages:
@@ -128,6 +129,22 @@ def execute(
             _claim(stage)
             results.append(_carry_out(stage, base))
     return results
+
+
+def _refuse_soft_labels(objective: Objective, prepared: Prepared) -> None:
+    """Refuse labels that the objective could not honour.
+
+    Raises:
+        DataError: names the first row with such a label.
+    """
+    if not objective.needs_certain_labels:
+        return
+    for example in (*prepared.train, *prepared.eval):
+        if example.preference != 1:
+            raise DataError(
+                f"{example.source}: agreement {example.preference:g}, expected 1: {type(objective).__name__} takes "
+                "certain labels alone. Leave the column out, or choose an objective that honours it, such as dpo."
+            )
 
 
 @contextmanager
@@ -166,7 +183,8 @@ def only_process(folder: Path) -> Iterator[None]:
 def _carry_out(stage: _Stage, base: Base) -> Result:
     run, folder, prepared = stage.run, stage.folder, stage.prepared
     reset_peak_memory(base.device)
-    model = LanguageModel.start(base, _within_memory(stage, base), run.loop.seed)
+    moving = isinstance(stage.objective, MovesReference)
+    model = LanguageModel.start(base, _within_memory(stage, base), run.loop.seed, moving)
     log.info("%s: %d examples, reference is %s", run.name, len(prepared.train), model.reference_is)
     try:
         shown = sinks(
@@ -210,7 +228,8 @@ def _within_memory(stage: _Stage, base: Base) -> ModelConfig:
         return config
     limits = division(run.loop, run.loop.per_device_train_batch_size, base, stage.objective)
     tokens = limits.largest(stage.prepared.train)
-    on = not config.activation_offload and must_checkpoint(base, config, run.optimiser.name, tokens)
+    moving = isinstance(stage.objective, MovesReference)
+    on = not config.activation_offload and must_checkpoint(base, config, run.optimiser.name, tokens, moving)
     if on:
         log.info("gradient checkpointing is on: %d tokens at once would not fit in memory without it", tokens)
     return config.model_copy(update={"gradient_checkpointing": on})
@@ -327,6 +346,7 @@ def _summarise(stage: _Stage, model: LanguageModel, outcome: Outcome, spoken: Sp
         "skipped_steps": outcome.progress.skipped,
         "examples_seen": outcome.progress.examples_seen,
         "tokens_seen": outcome.progress.tokens_seen,
+        **({"mean_log_ratio": outcome.progress.mean_log_ratio} if objective.needs_mean_log_ratio else {}),
         "seconds": round(outcome.progress.seconds, 2),
         "memory_peak_bytes": peak_memory(model.device),
         "data_fingerprint": stage.prepared.fingerprint,
@@ -373,9 +393,11 @@ def evaluate_run(folder: Path, overrides: Mapping[str, Any]) -> Result:
     model = LanguageModel.start(base, run.model, run.loop.seed)
     model.restore(folder / ADAPTER)
     limits = division(run.loop, run.loop.per_device_eval_batch_size, base, objective)
-    record = score(model, ReferenceLogps(model), objective, prepared.eval, limits)[0] if prepared.eval else None
-    spoken = _speak(run, model, prepared)
     trained = _read_json(folder / SUMMARY_FILE)
+    mean, record = trained["mean_log_ratio"] if objective.needs_mean_log_ratio else 0.0, None
+    if prepared.eval:
+        record, _ = score(model, ReferenceLogps(model), objective, prepared.eval, limits, mean)
+    spoken = _speak(run, model, prepared)
     if trained["data_fingerprint"] != prepared.fingerprint:
         log.warning("%s has changed since the run was trained: its numbers are on other examples", run.data.train)
     measured = _measures(objective, record, spoken)

@@ -5,12 +5,13 @@ YAML is read by the rules of version 1.2: `1e-5` is a number, `no` and `2024-01-
 
 import hashlib
 import json
+import math
 import re
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import Field as DataclassField
-from dataclasses import asdict, fields
+from dataclasses import fields
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, final
@@ -22,7 +23,8 @@ from dpo import losses
 from dpo.data import DataConfig
 from dpo.errors import ConfigError, nearest
 from dpo.evaluation.samples import find_reward
-from dpo.losses import Objective
+from dpo.losses import Objective, Part
+from dpo.losses.objective import Number
 from dpo.model.base import ModelConfig
 from dpo.train import Loop, Optimiser
 
@@ -51,16 +53,16 @@ class ObjectiveConfig(BaseModel):
             given = {"name": given}
         if not isinstance(given, Mapping):
             return given
-        built = build_objective(str(given.get("name", "dpo")), {k: v for k, v in given.items() if k != "name"})
-        return {"name": given.get("name", "dpo"), **asdict(built)}  # pyright: ignore[reportArgumentType]
+        name = given.get("name", "dpo")
+        return {"name": name, **_written(build_objective(str(name), {k: v for k, v in given.items() if k != "name"}))}
 
     def build(self) -> Objective:
         """Return the objective."""
         return build_objective(self.name, self.model_extra or {})
 
 
-def build_objective(name: str, parameters: Mapping[str, Any]) -> Objective:
-    """Return an objective with the given hyper-parameters.
+def build_objective(name: str, parameters: Mapping[str, Any], place: str = "objective") -> Objective:
+    """Return an objective with the given hyper-parameters; `place` is the key under which they are written.
 
     Raises:
         ConfigError: an unknown objective or hyper-parameter, or a value outside its range.
@@ -70,22 +72,72 @@ def build_objective(name: str, parameters: Mapping[str, Any]) -> Objective:
     for key in parameters:
         if key not in known:
             raise ConfigError(
-                f"objective.{key}: {kind.__name__} has no such hyper-parameter, it has {', '.join(known) or 'none'}."
-                f"{nearest(key, known)}"
+                f"{place}.{key}: {kind.__name__} has no such hyper-parameter, it has {', '.join(known) or 'none'}."
+                f"{nearest(str(key), known)}"
             )
     try:
         hints = typing.get_type_hints(kind)
-        values = {key: TypeAdapter(hints[key]).validate_python(value) for key, value in parameters.items()}
-        return kind(**values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise ConfigError(f"objective {name!r}: {first['msg']}, got {first['input']!r}") from error
-    except ValueError as error:
-        raise ConfigError(f"objective {name!r}: {error}") from error
+        return kind(**{key: _value(hints[key], value, f"{place}.{key}") for key, value in parameters.items()})
+    except (ValueError, TypeError) as error:  # TypeError: one that is required is missing
+        raise ConfigError(f"{place} {name!r}: {error}") from error
 
 
 def _hyper_parameters(kind: type[Objective]) -> tuple[DataclassField[Any], ...]:
-    return fields(kind)  # pyright: ignore[reportArgumentType]  (every objective is a dataclass)
+    return tuple(f for f in fields(kind) if f.init)  # pyright: ignore[reportArgumentType]  (each is a dataclass)
+
+
+def _value(hint: Any, given: Any, place: str) -> Any:
+    """Return a hyper-parameter of the annotated type; a weighted part is written as an objective with a weight.
+
+    Raises:
+        ConfigError: the value is of another type, or a part is no objective with a weight.
+    """
+    if hint == tuple[Part, ...]:
+        if not isinstance(given, list | tuple) or not given or not all(_is_part(one) for one in given):
+            raise ConfigError(
+                f"{place}: got {given!r}, expected a list of objectives with weights, such as "
+                "[{weight: 0.8, name: dpo, beta: 0.1}, {weight: 0.2, name: sft}]."
+            )
+        return tuple(_part(one, f"{place}[{n}]") for n, one in enumerate(given))
+    try:
+        # Strict for what is one value: true is no number, and no text is.
+        value = TypeAdapter(hint).validate_python(given, strict=isinstance(given, bool | int | float | str))
+    except ValidationError as error:
+        first = error.errors()[-1]
+        raise ConfigError(f"{place}: {first['msg']}, got {given!r}") from error
+    return float(value) if hint == Number else value  # 1 and 1.0 are one setting, with one hash
+
+
+def _is_part(given: Any) -> bool:
+    return isinstance(given, Mapping) and {"name", "weight"} <= {*given}
+
+
+def _part(given: Mapping[str, Any], place: str) -> Part:
+    own = {key: value for key, value in given.items() if key not in ("name", "weight")}
+    return Part(_value(Number, given["weight"], f"{place}.weight"), build_objective(str(given["name"]), own, place))
+
+
+def _written(objective: Objective) -> dict[str, Any]:
+    """Return the hyper-parameters as they are written in a run file: what `build_objective` takes."""
+    return {f.name: _plain(getattr(objective, f.name)) for f in _hyper_parameters(type(objective))}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_plain(one) for one in value]
+    if isinstance(value, Part):
+        return {"weight": value.weight, "name": losses.name_of(value.objective), **_written(value.objective)}
+    return value
+
+
+def written(value: Any) -> str:
+    """Return a hyper-parameter as the command line takes it, on one line."""
+    plain = _plain(value)
+    return (
+        yaml.dump(plain, Dumper=_Dumper, default_flow_style=True, sort_keys=False, width=math.inf)
+        .removesuffix("\n...\n")
+        .strip()
+    )
 
 
 @final
@@ -206,6 +258,21 @@ class Run(BaseModel):
 
 Recipe = Callable[[DataConfig], tuple[Run, ...]]
 """A recipe chooses; it computes nothing. It maps the dataset to the runs to carry out, in order."""
+
+
+def one_stage(
+    name: str, data: DataConfig, *, learning_rate: float, loop: Loop | None = None, **hyper_parameters: Any
+) -> tuple[Run, ...]:
+    """Return the one run of a recipe that trains the objective of its own name from the base model."""
+    return (
+        Run(
+            name=name,
+            data=data,
+            objective=ObjectiveConfig.model_validate({"name": name, **hyper_parameters}),
+            optimiser=Optimiser(learning_rate=learning_rate),
+            loop=loop or Loop(),
+        ),
+    )
 
 
 def read_overrides(arguments: Sequence[str]) -> dict[str, Any]:

@@ -18,17 +18,29 @@ from typing import Annotated, Any, Literal, final
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from dpo import checkpoint
 from dpo.batches import Division, Plan, within_memory
 from dpo.data import Example
 from dpo.errors import TrainingError
-from dpo.losses import Objective
+from dpo.losses import MovesReference, Objective
 from dpo.metrics import Ledger
-from dpo.model.base import Base, LanguageModel
-from dpo.model.reference import ReferenceLogps
-from dpo.model.views import concatenate, keys, largest_drift, mismatched, tokens, view
+from dpo.model.base import Base, LanguageModel, Role
+from dpo.model.reference import Reference, ReferenceLogps
+from dpo.model.views import (
+    MovingReference,
+    concatenate,
+    keys,
+    largest_drift,
+    log_ratios,
+    policy_logps,
+    step_fields,
+    tokens,
+    view,
+    with_policy_logps,
+)
 from dpo.sinks import Sink
 from dpo.types import LossInput, LossOutput
 
@@ -40,8 +52,9 @@ MAX_SKIPPED = 3
 MAX_SKIPPED_SCALED = 20
 """The same in float16, where overflows are how the loss scale finds its height: 20 halvings of 65,536 end below 1."""
 
-POLICY = "policy"
-"""Folder of the weights in a checkpoint, apart from the optimizer's tensors."""
+POLICY: Role = "policy"
+MOVING: Role = "moving"
+"""Folders of the weights in a checkpoint, apart from the optimizer's tensors."""
 
 SECONDS_BETWEEN_LINES = 30
 """Where there is no terminal for a progress bar, a line of the log says so often how far the run is."""
@@ -123,6 +136,15 @@ class Progress:
     """Of these, the ones that the last step ended with."""
     parts: int = 1
     """What micro-batches are divided by since memory ran out."""
+    log_ratio_sum: float = 0.0
+    """Sum of the log-ratios of all completions seen, in nats; kept where the objective asks for their mean."""
+    log_ratio_count: int = 0
+    """Completions in that sum."""
+
+    @property
+    def mean_log_ratio(self) -> float:
+        """Mean log-ratio of all completions seen, in nats; 0 before the first."""
+        return self.log_ratio_sum / max(1, self.log_ratio_count)
 
 
 @dataclass(frozen=True)
@@ -198,6 +220,9 @@ class _Run:
         self.progress = Progress()
         self._eval_parts = 1
         self._scaled = self.accelerator.scaler is not None  # float16: an overflow lowers the scale, and is no fault
+        self._moves = objective if isinstance(objective, MovesReference) else None
+        self._compared: Reference = reference if self._moves is None else MovingReference(model)
+        """Whom training compares the policy with. Evaluation compares it with the reference, as for all objectives."""
 
     def go(self, train_examples: Sequence[Example], eval_examples: Sequence[Example], sinks: Sequence[Sink]) -> Outcome:
         with closing(Ledger(self.folder)) as ledger:
@@ -207,7 +232,8 @@ class _Run:
                 # All that the WHOLE run reads, also after a resume: values depend in their last bits on what was
                 # scored together, and a resumed run must find the same ones.
                 read = sorted({i for step in range(self.plan.steps) for i in self.plan.indices(step)})
-                self.reference.prepare(keys([*(train_examples[i] for i in read), *eval_examples]), progress=True)
+                trained = [] if self._moves else [train_examples[i] for i in read]
+                self.reference.prepare(keys([*trained, *eval_examples]), progress=True)
             if self.progress.step == 0 and self.objective.needs_reference:
                 self._check_start(train_examples)
             evaluated = self._advance(train_examples, eval_examples, ledger, sinks)
@@ -280,7 +306,8 @@ class _Run:
     def _score(self, examples: Sequence[Example]) -> LossInput:
         size = self.loop.per_device_eval_batch_size
         limits = division(self.loop, size, self.model.base, self.objective, self._eval_parts)
-        record, limits = score(self.model, self.reference, self.objective, examples, limits)
+        mean = self.progress.mean_log_ratio
+        record, limits = score(self.model, self.reference, self.objective, examples, limits, mean)
         self._eval_parts = limits.parts
         return record
 
@@ -311,6 +338,12 @@ class _Run:
         finite = math.isfinite(values["train/loss"]) and math.isfinite(values["grad_norm"])
         if finite or self._scaled:  # with a scaler, step is what lowers the scale; it leaves the weights by itself
             self.optimizer.step()
+        if self._moves and (share := self._moves.share(self.progress.step + 1)):
+            self.model.follow(share)
+        if finite and self.objective.needs_mean_log_ratio:
+            ratios = log_ratios(record)
+            self.progress.log_ratio_sum += sum(one.double().sum().item() for one in ratios)
+            self.progress.log_ratio_count += sum(map(len, ratios))
         if not finite and not self._scaled:
             log.warning(
                 "step %d: loss %s, gradient norm %s: no update", self.progress.step + 1, values["train/loss"], norm
@@ -321,15 +354,50 @@ class _Run:
     def _accumulate(self, batch: Sequence[Example], micro_batches: list[list[int]]) -> tuple[float, LossInput]:
         """Add up the gradient of an optimiser step; return its loss and its record."""
         self.optimizer.zero_grad()
-        other = mismatched(self.model, self.reference, self.objective, batch, micro_batches)
+        mean = self.progress.mean_log_ratio
+        whole = step_fields(self.model, self._compared, self.objective, batch, micro_batches, mean)
+        if self.objective.batch_coupled and len(micro_batches) > 1:
+            return self._accumulate_coupled(batch, micro_batches, whole)
         loss, records = 0.0, []
         for indices in micro_batches:
             share = len(indices) / len(batch)  # every example weighs the same, whatever its micro-batch
-            records.append(view(self.model, self.reference, self.objective, [batch[n] for n in indices]))
-            out = self.objective(replace(records[-1], **other))
+            records.append(self._view(batch, indices))
+            out = self.objective(replace(records[-1], **whole))
             self.accelerator.backward(out.loss * share)
             loss += share * out.loss.item()
-        return loss, replace(concatenate(records, micro_batches), **other)
+        return loss, replace(concatenate(records, micro_batches), **whole)
+
+    def _accumulate_coupled(
+        self, batch: Sequence[Example], micro_batches: list[list[int]], whole: Mapping[str, Tensor]
+    ) -> tuple[float, LossInput]:
+        """Do the same where an example's loss depends on the others: exactly, with a second forward pass.
+
+        The first pass gives the log-probs of all examples, and with them d loss / d log-prob of each; the second
+        takes these factors into the weights, one micro-batch at a time (Gao et al., arXiv:2101.06983). Random numbers
+        are repeated, so that dropout is the same in both.
+        """
+        random = checkpoint.rng_tensors(self.model.device)
+        with torch.no_grad():
+            records = [self._view(batch, indices) for indices in micro_batches]
+        record = replace(concatenate(records, micro_batches), **whole)
+        leaves = {name: one.clone().requires_grad_() for name, one in policy_logps(record).items()}
+        out = self.objective(with_policy_logps(record, leaves))
+        factors = dict(
+            zip(leaves, torch.autograd.grad(out.loss, list(leaves.values()), allow_unused=True), strict=True)
+        )
+        checkpoint.restore_rng(random, self.model.device)
+        for indices in micro_batches:
+            again = policy_logps(self._view(batch, indices))
+            parts = [
+                (logps * factor[indices, : logps.shape[1]] if logps.ndim == 2 else logps * factor[indices]).sum()
+                for name, logps in again.items()
+                if (factor := factors[name]) is not None
+            ]
+            self.accelerator.backward(torch.stack(parts).sum())
+        return out.loss.item(), record
+
+    def _view(self, batch: Sequence[Example], indices: Sequence[int]) -> Any:
+        return view(self.model, self._compared, self.objective, [batch[n] for n in indices])
 
     def _check_start(self, examples: Sequence[Example]) -> None:
         """Refuse a policy that is not its reference before the first update: every objective would start wrong."""
@@ -356,8 +424,9 @@ class _Run:
         }
 
         def save_policy(folder: Path) -> None:
-            (folder / POLICY).mkdir()
-            self.model.save(folder / POLICY)
+            for name in self._kept_roles():
+                (folder / name).mkdir()
+                self.model.save(folder / name, name)
 
         checkpoint.save(
             self.checkpoints,
@@ -367,6 +436,9 @@ class _Run:
             files=save_policy,
             keep=self.loop.save_total_limit,
         )
+
+    def _kept_roles(self) -> tuple[Role, ...]:
+        return (POLICY,) if self._moves is None else (POLICY, MOVING)
 
     def _resume(self) -> None:
         found = checkpoint.newest(self.checkpoints)
@@ -381,7 +453,8 @@ class _Run:
                 f"{point.path}: this checkpoint belongs to a run with other {' and '.join(different)}. Give the "
                 "settings and data it was started with, or another folder with output.dir=."
             )
-        self.model.restore(point.path / POLICY)
+        for name in self._kept_roles():
+            self.model.restore(point.path / name, name)
         checkpoint.restore_optimizer(self.optimizer.optimizer, point.tensors("optimizer"), state["optimizer"])
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(dict(state["scaler"]))
@@ -402,12 +475,13 @@ def division(loop: Loop, size: int, base: Base, objective: Objective, parts: int
 
 def score(
     model: LanguageModel,
-    reference: ReferenceLogps,
+    reference: Reference,
     objective: Objective,
     examples: Sequence[Example],
     limits: Division,
+    mean_log_ratio: float,
 ) -> tuple[LossInput, Division]:
-    """Score all examples without dropout or gradient.
+    """Score all examples without dropout or gradient; `mean_log_ratio` is that of the training so far, in nats.
 
     Returns:
         One record in their order, and the division that memory held.
@@ -416,7 +490,8 @@ def score(
     def work(batches: list[list[int]]) -> LossInput:
         with torch.no_grad():
             records: list[Any] = [view(model, reference, objective, [examples[n] for n in batch]) for batch in batches]
-        return replace(concatenate(records, batches), **mismatched(model, reference, objective, examples, batches))
+        whole = step_fields(model, reference, objective, examples, batches, mean_log_ratio)
+        return replace(concatenate(records, batches), **whole)
 
     model.training(False)
     return within_memory(work, examples, limits)

@@ -14,6 +14,19 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
+class TokenLogps:
+    """Log-probs of each token of completions, one a row, for objectives that weigh tokens; padded on the right."""
+
+    policy: Float[Tensor, "batch tokens"]
+    reference: Float[Tensor, "batch tokens"] | None
+    completion_mask: Bool[Tensor, "batch tokens"]
+    """True = scored token; log-probs elsewhere are 0."""
+    log_collision: Float[Tensor, "batch tokens"] | None = None
+    """log of the sum over the vocabulary of the policy's squared probabilities where each token is predicted, without
+    gradient: the expected log-prob's scale. None for objectives that do not ask for it."""
+
+
+@dataclass(frozen=True)
 class PairLogps:
     """Log-probs of preference pairs: row i compares two completions of one prompt.
 
@@ -30,6 +43,12 @@ class PairLogps:
     rejected_length: Shaped[Tensor, " batch"]
     preference: Float[Tensor, " batch"] | None = None
     weight: Float[Tensor, " batch"] | None = None
+    chosen_tokens: TokenLogps | None = None
+    """The same log-probs token by token, or None for objectives that do not ask for them."""
+    rejected_tokens: TokenLogps | None = None
+    mean_log_ratio: Float[Tensor, ""] | None = None
+    """Mean log-ratio of all completions of the optimiser steps before this one, in nats, 0 in the first; a constant.
+    None for objectives that do not ask for it."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +68,8 @@ class JudgementLogps:
     policy_mismatched: Float[Tensor, " step"] | None
     reference_mismatched: Float[Tensor, " step"] | None
     weight: Float[Tensor, " batch"] | None = None
+    mean_log_ratio: Float[Tensor, ""] | None = None
+    """As in `PairLogps`."""
 
 
 LossInput = PairLogps | JudgementLogps

@@ -11,13 +11,31 @@ if __name__ != "dpo.losses":
 
 import inspect
 import pkgutil
+from dataclasses import is_dataclass
 from importlib import import_module
 from typing import Any, TypeGuard
 
 from dpo.errors import ConfigError, nearest
-from dpo.losses.objective import DemonstrationObjective, JudgementObjective, Objective, PairObjective
+from dpo.losses.objective import (
+    DemonstrationObjective,
+    JudgementObjective,
+    MovesReference,
+    Objective,
+    PairObjective,
+    Part,
+)
 
-__all__ = ["DemonstrationObjective", "JudgementObjective", "Objective", "PairObjective", "find", "names"]
+__all__ = [
+    "DemonstrationObjective",
+    "JudgementObjective",
+    "MovesReference",
+    "Objective",
+    "PairObjective",
+    "Part",
+    "find",
+    "name_of",
+    "names",
+]
 
 
 def names() -> tuple[str, ...]:
@@ -43,6 +61,13 @@ def find(name: str) -> type[Objective]:
     return held
 
 
+def name_of(objective: Objective) -> str:
+    """Return the name by which `find` knows an objective's class."""
+    kind = type(objective)
+    own = kind.__name__.lower()
+    return own if own in _modules() and _held_by(own) is kind else f"{kind.__module__}:{kind.__qualname__}"
+
+
 def _modules() -> tuple[str, ...]:
     return tuple(module.name for module in pkgutil.iter_modules(__path__))
 
@@ -53,7 +78,8 @@ def _held_by(module: str) -> type[Objective] | None:
 
 
 def _is_objective(member: object) -> TypeGuard[type[Objective]]:
-    return inspect.isclass(member) and issubclass(member, Objective) and not inspect.isabstract(member)
+    made = inspect.isclass(member) and issubclass(member, Objective) and not inspect.isabstract(member)
+    return made and is_dataclass(member)
 
 
 def _imported(path: str) -> type[Objective]:
@@ -67,7 +93,8 @@ def _imported(path: str) -> type[Objective]:
         ) from error
     if not _is_objective(member):
         raise ConfigError(
-            f"objective: {path!r} is {member!r}, expected a class below dpo.losses.Objective that defines __call__."
+            f"objective: {path!r} is {member!r}, expected a class below dpo.losses.Objective that defines __call__ and "
+            "is decorated with @dataclass(frozen=True, kw_only=True)."
         )
     return member
 

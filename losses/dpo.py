@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import logsigmoid
 
 from dpo.losses.objective import Number, PairObjective, require_number
-from dpo.losses.reduce import expected_loss, log_ratio, pair_output
+from dpo.losses.reduce import expected_loss, log_ratios, pair_output
 from dpo.types import LossOutput, PairLogps
 
 
@@ -35,10 +35,7 @@ class DPO(PairObjective):
 
     def __call__(self, logps: PairLogps) -> LossOutput:
         """Map a batch of pairs to its loss; the rewards are β r."""
-        chosen = self.beta * log_ratio(logps.policy_chosen, logps.reference_chosen, "PairLogps.reference_chosen")
-        rejected = self.beta * log_ratio(
-            logps.policy_rejected, logps.reference_rejected, "PairLogps.reference_rejected"
-        )
+        chosen, rejected = (self.beta * r for r in log_ratios(logps))
         z = chosen - rejected
         losses = expected_loss(logps, -logsigmoid(z), -logsigmoid(-z))
         return pair_output(logps, losses, torch.stack([chosen, rejected], dim=1))

@@ -6,7 +6,7 @@ from typing import Literal, final, get_args
 import torch
 
 from dpo.losses.objective import Number, PairObjective, require_number, require_one_of
-from dpo.losses.reduce import expected_loss, log_ratio, pair_output
+from dpo.losses.reduce import expected_loss, log_ratios, pair_output
 from dpo.types import LossOutput, PairLogps
 
 Reduction = Literal["mean", "sum"]
@@ -41,8 +41,7 @@ class IPO(PairObjective):
 
     def __call__(self, logps: PairLogps) -> LossOutput:
         """Map a batch of pairs to its loss; the rewards are r."""
-        chosen = log_ratio(logps.policy_chosen, logps.reference_chosen, "PairLogps.reference_chosen")
-        rejected = log_ratio(logps.policy_rejected, logps.reference_rejected, "PairLogps.reference_rejected")
+        chosen, rejected = log_ratios(logps)
         if self.reduction == "mean":
             chosen, rejected = chosen / logps.chosen_length, rejected / logps.rejected_length
         gap, target = chosen - rejected, 1 / (2 * self.tau)

@@ -6,7 +6,7 @@ from typing import final
 import torch
 
 from dpo.losses.objective import JudgementObjective, Number, require_number
-from dpo.losses.reduce import judgement_output, log_ratio
+from dpo.losses.reduce import judgement_output, log_ratio, require_field
 from dpo.types import JudgementLogps, LossOutput
 
 LARGEST_RATIO = 4 / 3
@@ -36,7 +36,6 @@ class KTO(JudgementObjective):
 
     needs_reference = True
     needs_mismatched = True
-    batch_coupled = True
     paper = "arXiv:2402.01306, section 4"
 
     def __post_init__(self) -> None:
@@ -45,13 +44,8 @@ class KTO(JudgementObjective):
 
     def __call__(self, logps: JudgementLogps) -> LossOutput:
         """Map a batch of judgements to its loss; the rewards are β r, and "kl/reference_point" is z in nats."""
-        if logps.policy_mismatched is None:
-            raise ValueError(
-                "JudgementLogps.policy_mismatched must hold log-probs of other prompts' completions, got None: "
-                "score the batch as KTO.needs_mismatched asks"
-            )
-        mismatched = logps.policy_mismatched.detach()
-        kl = log_ratio(mismatched, logps.reference_mismatched, "JudgementLogps.reference_mismatched")
+        mismatched = require_field(logps.policy_mismatched, "JudgementLogps.policy_mismatched", "KTO.needs_mismatched")
+        kl = log_ratio(mismatched.detach(), logps.reference_mismatched, "JudgementLogps.reference_mismatched")
         z = kl.mean().clamp(min=0)
         r = log_ratio(logps.policy, logps.reference, "JudgementLogps.reference")
         gain = self.beta * (r - z)

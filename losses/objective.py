@@ -4,7 +4,8 @@ import math
 import operator
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal, TypeAlias
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, TypeAlias, final
 
 from dpo.types import JudgementLogps, LossOutput, PairLogps
 
@@ -18,12 +19,23 @@ class Objective(ABC):
 
     view: ClassVar[View]
     """What one training example is, and with it the record that `__call__` reads."""
-    needs_reference: ClassVar[bool]
+    needs_reference: bool
     """Whether it compares with a reference policy; where False, the record's reference fields are None."""
-    needs_mismatched: ClassVar[bool] = False
+    needs_mismatched: bool = False
     """Whether it reads the log-probs of completions under other examples' prompts."""
-    batch_coupled: ClassVar[bool] = False
-    """Whether an example's loss depends on the rest of its micro-batch: gradient accumulation is then not exact."""
+    needs_tokens: bool = False
+    """Whether it reads log-probs token by token: the record's `TokenLogps`."""
+    needs_collision: bool = False
+    """Whether it also reads `TokenLogps.log_collision`, which costs a little more in the head."""
+    needs_mean_log_ratio: bool = False
+    """Whether it reads the running mean of earlier steps' log-ratios, which the loop keeps and checkpoints."""
+    batch_coupled: bool = False
+    """Whether an example's loss depends on the other examples of its optimiser step, beyond the fields that the record
+    holds for the whole step. Gradient accumulation then takes a second forward pass to stay exact."""
+    needs_certain_labels: bool = False
+    """Whether it has no reading of a soft label: any preference other than 1 is refused before training."""
+    pulls_at_reference: bool = True
+    """Whether raising the better completion lowers the loss where policy and reference are equal."""
     paper: ClassVar[str]
     """The source of the formula, as "arXiv:2305.18290, eq. 7"."""
 
@@ -60,6 +72,24 @@ class DemonstrationObjective(Objective):
     @abstractmethod
     def __call__(self, logps: JudgementLogps) -> LossOutput:
         """Map a batch of demonstrations to its loss."""
+
+
+class MovesReference(ABC):
+    """What an objective also is whose reference follows the policy."""
+
+    @abstractmethod
+    def share(self, step: int) -> float:
+        """Return the policy's share in the reference after optimiser step `step` (from 1): 0 leaves it, 1 copies."""
+
+
+@final
+@dataclass(frozen=True)
+class Part:
+    """One term of a weighted sum of objectives."""
+
+    weight: Number
+    """What the term's loss is multiplied by (> 0)."""
+    objective: Objective
 
 
 def require_number(

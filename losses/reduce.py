@@ -1,12 +1,16 @@
 """What objectives share: log-ratios, soft labels, and the one way from per-example losses to a `LossOutput`."""
 
+import math
 from collections.abc import Mapping
+from typing import TypeVar
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from dpo.types import JudgementLogps, LossOutput, PairLogps
+
+T = TypeVar("T")
 
 
 def log_ratio(
@@ -23,6 +27,35 @@ def log_ratio(
             "or choose an objective whose needs_reference is False"
         )
     return policy - reference.detach()
+
+
+def log_ratios(logps: PairLogps) -> tuple[Float[Tensor, " batch"], Float[Tensor, " batch"]]:
+    """Return log(policy / reference) of the chosen and of the rejected completions, as `log_ratio` does."""
+    return (
+        log_ratio(logps.policy_chosen, logps.reference_chosen, "PairLogps.reference_chosen"),
+        log_ratio(logps.policy_rejected, logps.reference_rejected, "PairLogps.reference_rejected"),
+    )
+
+
+def require_field(value: T | None, name: str, need: str) -> T:
+    """Return an optional field of a record.
+
+    Raises:
+        ValueError: it is absent; `name` says which, `need` the attribute of the objective that asks for it.
+    """
+    if value is None:
+        raise ValueError(f"{name} must hold values, got None: score the batch as {need} asks")
+    return value
+
+
+def log1mexp(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """Return log(1 - exp(x)) for x < 0, exact to rounding near 0 and far from it (Maechler 2012).
+
+    The branch not taken is kept away from its singularity: a gradient through `where` would be NaN otherwise.
+    """
+    near = x > -math.log(2)
+    far = torch.where(near, -1.0, x)
+    return torch.where(near, torch.log(-torch.expm1(x)), torch.log1p(-torch.exp(far)))
 
 
 def expected_loss(

@@ -1,7 +1,7 @@
 """The laws that every objective obeys, this package's and yours: `check(MyObjective())` in a test of your own."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from typing import Any
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dpo.losses.objective import Objective
-from dpo.types import JudgementLogps, LossInput, LossOutput, PairLogps
+from dpo.types import JudgementLogps, LossInput, LossOutput, PairLogps, TokenLogps
 
 BATCH = 6
 """Examples in a test batch: it splits unevenly, and both parts hold both labels."""
@@ -17,8 +17,22 @@ EXTREME = 1e4
 """A log-ratio in nats far beyond what training meets; exponentials of it overflow, losses must not."""
 METRIC_NAME = re.compile(r"[a-z0-9_]+(/[a-z0-9_]+)+")
 PAIR_SIGNS = {"policy_chosen": -1.0, "policy_rejected": 1.0}
-REFERENCE_FIELDS = ("reference_chosen", "reference_rejected", "reference", "policy_mismatched", "reference_mismatched")
-"""Fields that hold constants: the reference, and the log-probs from which a reference point is estimated."""
+REFERENCE_FIELDS = (
+    "reference_chosen",
+    "reference_rejected",
+    "reference",
+    "policy_mismatched",
+    "reference_mismatched",
+    "mean_log_ratio",
+)
+"""Fields that hold constants: the reference, and what a reference point is estimated from."""
+STEP_FIELDS = ("policy_mismatched", "reference_mismatched", "mean_log_ratio")
+"""Fields that belong to the whole optimiser step: every micro-batch's record holds all of them."""
+TOKEN_FIELDS = {
+    "chosen_tokens": ("policy_chosen", "reference_chosen"),
+    "rejected_tokens": ("policy_rejected", "reference_rejected"),
+}
+"""Token by token, what these fields hold as sums."""
 
 
 def check(objective: Objective) -> None:
@@ -50,8 +64,18 @@ def example_batch(objective: Objective, *, seed: int = 0, drift: float = 1.0, si
 
     length, reference, policy = scores()
     other_length, other_reference, other_policy = scores()
+    running = reference.new_tensor(drift / 2) if objective.needs_mean_log_ratio else None
     if objective.view == "pairs":
-        return PairLogps(policy, other_policy, known(reference), known(other_reference), length, other_length)
+        pair = PairLogps(
+            policy_chosen=policy,
+            policy_rejected=other_policy,
+            reference_chosen=known(reference),
+            reference_rejected=known(other_reference),
+            chosen_length=length,
+            rejected_length=other_length,
+            mean_log_ratio=running,
+        )
+        return replace(pair, **_tokens(pair, generator, objective.needs_collision)) if objective.needs_tokens else pair
     desirable = torch.arange(size) % 2 == 0
     return JudgementLogps(
         policy=policy,
@@ -60,13 +84,36 @@ def example_batch(objective: Objective, *, seed: int = 0, drift: float = 1.0, si
         length=length,
         policy_mismatched=other_policy + drift if objective.needs_mismatched else None,
         reference_mismatched=known(other_reference) if objective.needs_mismatched else None,
+        mean_log_ratio=running,
     )
 
 
+def _tokens(pair: PairLogps, generator: torch.Generator, collision: bool) -> dict[str, Any]:
+    """Spread the sums of a record over tokens, unevenly; policy and reference differ where their sums do."""
+
+    def spread(policy: Tensor, reference: Tensor | None, length: Tensor) -> TokenLogps:
+        mask = torch.arange(int(length.max())) < length.unsqueeze(1)
+        share = torch.rand(mask.shape, generator=generator, dtype=torch.float64).masked_fill(~mask, 0)
+        share = share / share.sum(1, keepdim=True)
+        of_reference = None if reference is None else reference.unsqueeze(1) * share
+        base = policy.unsqueeze(1) * share if reference is None else reference.unsqueeze(1) * share
+        moved = base if reference is None else base + ((policy - reference) / length).unsqueeze(1) * mask
+        likely = -2 * torch.rand(mask.shape, generator=generator, dtype=torch.float64) * mask
+        return TokenLogps(moved, of_reference, mask, likely if collision else None)
+
+    return {
+        "chosen_tokens": spread(pair.policy_chosen, pair.reference_chosen, pair.chosen_length),
+        "rejected_tokens": spread(pair.policy_rejected, pair.reference_rejected, pair.rejected_length),
+    }
+
+
 def policy_gradients(objective: Objective, logps: LossInput) -> dict[str, Tensor]:
-    """Return d loss / d log-prob of each policy field that is trained, each (batch,)."""
+    """Return d loss / d log-prob of each policy field that is trained, each (batch,).
+
+    Where a record holds tokens as well, a completion's log-prob rises by the same for each of its tokens.
+    """
     leaves = _leaves(logps, *_policy_fields(logps))
-    objective(replace(logps, **leaves)).loss.backward()
+    objective(_with(logps, leaves)).loss.backward()
     return {name: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for name, leaf in leaves.items()}
 
 
@@ -112,7 +159,7 @@ def is_finite_mean(objective: Objective) -> None:
 def has_detached_metrics(objective: Objective) -> None:
     """Rewards and metrics carry no gradient; a metric is a finite scalar, named as group/name."""
     logps = example_batch(objective)
-    out = objective(replace(logps, **_leaves(logps, *_policy_fields(logps))))
+    out = objective(_with(logps, _leaves(logps, *_policy_fields(logps))))
     shape = (BATCH, 2) if objective.view == "pairs" else (BATCH,)
     _law(out.rewards.shape == shape, objective, f"rewards: got {tuple(out.rewards.shape)}, expected {shape}")
     _law(not out.rewards.requires_grad, objective, "rewards must be detached")
@@ -123,9 +170,14 @@ def has_detached_metrics(objective: Objective) -> None:
 
 
 def pulls_the_right_way(objective: Objective) -> None:
-    """At policy = reference, the loss falls as the better completion rises and the worse one falls."""
+    """At policy = reference, the loss falls as the better completion rises and the worse one falls.
+
+    One side of a pair may rest there, not both; away from the reference each side is trained. An objective of which
+    the first is not true says `pulls_at_reference = False`.
+    """
     logps = example_batch(objective, drift=0.0)
-    for name, gradient in policy_gradients(objective, logps).items():
+    pulls = torch.zeros(BATCH, dtype=torch.float64)
+    for name, gradient in policy_gradients(objective, logps).items() if objective.pulls_at_reference else ():
         if isinstance(logps, PairLogps):
             sign = torch.full((BATCH,), PAIR_SIGNS[name])
         else:
@@ -133,14 +185,19 @@ def pulls_the_right_way(objective: Objective) -> None:
         message = (
             f"d loss / d {name} at policy = reference must have the signs {sign.tolist()}, got {gradient.tolist()}"
         )
-        _law(bool((gradient.sign() == sign).all()), objective, message)
+        _law(bool((gradient * sign >= 0).all()), objective, message)
+        pulls += gradient * sign
+    message = f"at policy = reference every example must pull at the policy, got {pulls.tolist()}"
+    _law(not objective.pulls_at_reference or bool((pulls > 0).all()), objective, message)
+    for name, gradient in policy_gradients(objective, example_batch(objective)).items():
+        _law(bool(gradient.any()), objective, f"{name} must be trained: its gradient is 0 for all examples")
 
 
 def leaves_the_reference_alone(objective: Objective) -> None:
     """No gradient reaches the reference, or the completions that only set a reference point."""
     logps = example_batch(objective)
     constants = _leaves(logps, *REFERENCE_FIELDS)
-    objective(replace(logps, **constants, **_leaves(logps, *_policy_fields(logps)))).loss.backward()
+    objective(_with(logps, constants | _leaves(logps, *_policy_fields(logps)))).loss.backward()
     for name, leaf in constants.items():
         _law(leaf.grad is None or not leaf.grad.any(), objective, f"{name} must get no gradient, got {leaf.grad}")
 
@@ -149,19 +206,24 @@ def averages_over_examples(objective: Objective) -> None:
     """Each example twice gives the same loss; each in another place gives the same losses there."""
     logps = example_batch(objective)
     out = objective(logps)
-    doubled = objective(_each(logps, lambda tensor: torch.cat([tensor, tensor])))
+    doubled = objective(_rows(logps, lambda tensor: torch.cat([tensor, tensor])))
     _same(doubled.loss, out.loss, objective, "loss of the batch repeated twice must be that of the batch")
     order = torch.randperm(BATCH, generator=torch.Generator().manual_seed(1))
-    moved = objective(_each(logps, lambda tensor: tensor[order]))
+    moved = objective(_rows(logps, lambda tensor: tensor[order]))
     _same(moved.losses, out.losses[order], objective, "losses of a permuted batch must be the permuted losses")
 
 
 def honours_weights(objective: Objective) -> None:
-    """A weight multiplies its example's loss and gradient; at 0 the example is silent."""
+    """A weight multiplies its example's loss and gradient; at 0 the example is silent.
+
+    Where examples are coupled, the gradient of one is not its own loss's alone, and only the losses are compared.
+    """
     logps = example_batch(objective)
     weight = torch.linspace(0, 3, BATCH, dtype=torch.float64)  # its mean is not 1: losses divided by it are found out
     weighted = replace(logps, weight=weight)
     _same(objective(weighted).losses, weight * objective(logps).losses, objective, "losses must be weight * losses")
+    if objective.batch_coupled:
+        return
     plain = policy_gradients(objective, logps)
     for name, gradient in policy_gradients(objective, weighted).items():
         _same(gradient, weight * plain[name], objective, f"gradient by {name} must scale with the weight")
@@ -185,6 +247,8 @@ def honours_soft_labels(objective: Objective) -> None:
             "reference_rejected": even.reference_chosen,
             "chosen_length": even.rejected_length,
             "rejected_length": even.chosen_length,
+            "chosen_tokens": even.rejected_tokens,
+            "rejected_tokens": even.chosen_tokens,
         },
     )
     try:
@@ -202,8 +266,9 @@ def leaves_inputs_unchanged(objective: Objective) -> None:
     logps = replace(example_batch(objective), weight=torch.ones(BATCH, dtype=torch.float64))
     before = _each(logps, Tensor.clone)
     objective(logps)
+    now = _tensors(logps)
     for name, tensor in _tensors(before).items():
-        _law(torch.equal(getattr(logps, name), tensor), objective, f"{name} must not be changed in place")
+        _law(torch.equal(now[name], tensor), objective, f"{name} must not be changed in place")
 
 
 def accumulates_exactly(objective: Objective) -> None:
@@ -215,7 +280,7 @@ def accumulates_exactly(objective: Objective) -> None:
         return
     logps = replace(example_batch(objective), weight=torch.linspace(0.5, 2, BATCH, dtype=torch.float64))
     parts = (slice(0, 2), slice(2, BATCH))
-    outs: list[LossOutput] = [objective(_each(logps, lambda tensor, part=part: tensor[part])) for part in parts]
+    outs: list[LossOutput] = [objective(_rows(logps, lambda tensor, part=part: tensor[part])) for part in parts]
     total = sum((out.loss * len(out.losses) / BATCH for out in outs), torch.zeros((), dtype=torch.float64))
     message = "loss of a batch must be the mean of its parts' (or the class says batch_coupled = True)"
     _same(total, objective(logps).loss, objective, message)
@@ -255,15 +320,53 @@ def _policy_fields(logps: LossInput) -> tuple[str, ...]:
     return tuple(PAIR_SIGNS) if isinstance(logps, PairLogps) else ("policy",)
 
 
-def _tensors(logps: LossInput) -> dict[str, Tensor]:
-    return {f.name: value for f in fields(logps) if (value := getattr(logps, f.name)) is not None}
+def _tensors(record: LossInput | TokenLogps, prefix: str = "") -> dict[str, Tensor]:
+    """Return every tensor of a record by its name, those of its token records as field.name."""
+    found: dict[str, Tensor] = {}
+    for field in fields(record):
+        value = getattr(record, field.name)
+        if isinstance(value, TokenLogps):
+            found |= _tensors(value, f"{field.name}.")
+        elif value is not None:
+            found[prefix + field.name] = value
+    return found
 
 
-def _each(logps: LossInput, change: Callable[[Tensor], Tensor]) -> LossInput:
-    changed: dict[str, Any] = {name: change(tensor) for name, tensor in _tensors(logps).items()}
+def _replaced(logps: LossInput, tensors: Mapping[str, Tensor]) -> LossInput:
+    """Return the record with tensors in the places that `_tensors` names."""
+    changed: dict[str, Any] = {}
+    inside: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        field, _, inner = name.partition(".")
+        if inner:
+            inside.setdefault(field, {})[inner] = tensor
+        else:
+            changed[field] = tensor
+    changed |= {field: replace(getattr(logps, field), **parts) for field, parts in inside.items()}
     return replace(logps, **changed)
 
 
-def _leaves(logps: LossInput, *names: str) -> dict[str, Any]:
+def _each(logps: LossInput, change: Callable[[Tensor], Tensor]) -> LossInput:
+    return _replaced(logps, {name: change(tensor) for name, tensor in _tensors(logps).items()})
+
+
+def _rows(logps: LossInput, change: Callable[[Tensor], Tensor]) -> LossInput:
+    """Change what belongs to examples, and leave what belongs to the optimiser step."""
+    return _replaced(logps, {n: change(tensor) for n, tensor in _tensors(logps).items() if n not in STEP_FIELDS})
+
+
+def _leaves(logps: LossInput, *names: str) -> dict[str, Tensor]:
     present = _tensors(logps)
     return {name: present[name].clone().requires_grad_() for name in names if name in present}
+
+
+def _with(logps: LossInput, leaves: Mapping[str, Tensor]) -> LossInput:
+    """Return the record with leaves in place of sums; tokens depend on them in equal shares."""
+    present, connected = _tensors(logps), dict(leaves)
+    for field, sums in TOKEN_FIELDS.items():
+        for name, leaf in ((one, leaves[one]) for one in sums if one in leaves):
+            place, mask = f"{field}.{name.split('_')[0]}", present.get(f"{field}.completion_mask")
+            if mask is not None:
+                share = mask / mask.sum(1, keepdim=True)
+                connected[place] = present[place] + (leaf - leaf.detach()).unsqueeze(1) * share
+    return _replaced(logps, connected)

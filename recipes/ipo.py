@@ -2,20 +2,12 @@
 
 from dpo.data import DataConfig
 from dpo.run import main
-from dpo.settings import ObjectiveConfig, Run
-from dpo.train import Optimiser
+from dpo.settings import Run, one_stage
 
 
 def ipo(data: DataConfig) -> tuple[Run, ...]:
     """One stage: IPO on mean log-ratios, tau 0.5: a target margin of 1 nat a token, which can be reached."""
-    return (
-        Run(
-            name="ipo",
-            data=data,
-            objective=ObjectiveConfig.model_validate({"name": "ipo", "tau": 0.5, "reduction": "mean"}),
-            optimiser=Optimiser(learning_rate=1e-4),
-        ),
-    )
+    return one_stage("ipo", data, tau=0.5, reduction="mean", learning_rate=1e-4)
 
 
 if __name__ == "__main__":

@@ -121,9 +121,9 @@ def tiny_config(tiny_model_folder: Path) -> ModelConfig:
 def start(tiny_config: ModelConfig) -> Start:
     """Load the tiny model and put a policy on it; keywords change its `ModelConfig`."""
 
-    def started(seed: int = 0, **changes: object) -> LanguageModel:
+    def started(seed: int = 0, moving: bool = False, **changes: object) -> LanguageModel:
         config = ModelConfig.model_validate({**tiny_config.model_dump(), **changes})
-        return LanguageModel.start(load_base(config), config, seed)
+        return LanguageModel.start(load_base(config), config, seed, moving)
 
     return started
 

@@ -1,7 +1,8 @@
 """One causal language model in memory, and the roles that stand on it as LoRA adapters.
 
 The policy is a trainable adapter. The reference is the same network with its adapters off, or, when training goes on
-from an adapter, a frozen copy of that adapter; with full-weight training it is a frozen copy of the network.
+from an adapter, a frozen copy of that adapter; with full-weight training it is a frozen copy of the network. A moving
+reference is one more adapter (or copy), which starts as the policy does and is mixed with it on the way.
 """
 
 import copy
@@ -29,7 +30,9 @@ from dpo.model.tree_attention import needs_eager
 
 log = logging.getLogger("dpo")
 
-Role = Literal["policy", "reference"]
+Role = Literal["policy", "reference", "moving"]
+"""Who is spoken for: what is trained; what it is held against; and, for objectives that ask for it, a reference that
+follows the policy."""
 
 
 @final
@@ -240,6 +243,7 @@ class LanguageModel:
         adapters: frozenset[str],
         says: str,
         starts_at_reference: bool = True,
+        moving: Any | None = None,
     ) -> None:
         """See `start`."""
         self.base = base
@@ -253,7 +257,7 @@ class LanguageModel:
         self.starts_at_reference = starts_at_reference
         """Whether policy and reference are one model before the first update."""
         self._wrapped = wrapped  # the PEFT model, or None with full weights
-        self._reference = reference  # the frozen copy, with full weights
+        self._copies = {"reference": reference, "moving": moving}  # frozen networks, with full weights
         self._adapters = adapters
         self._role: Role = "policy"
         self._checkpointing = False
@@ -262,8 +266,10 @@ class LanguageModel:
         """Whether adapters compute in the base's half precision, from weights in float32."""
 
     @classmethod
-    def start(cls, base: Base, config: ModelConfig, seed: int) -> "LanguageModel":
+    def start(cls, base: Base, config: ModelConfig, seed: int, moving: bool = False) -> "LanguageModel":
         """Put the policy on `base`, its fresh weights drawn from `seed`.
+
+        With `moving`, a moving reference stands beside it and starts as the policy does, whatever the fixed one is.
 
         Raises:
             ModelError: where the starting adapter is absent, damaged or made for another base.
@@ -272,11 +278,21 @@ class LanguageModel:
 
         set_seed(seed)
         if config.lora is None:
-            reference = copy.deepcopy(base.network)
+            if moving and base.dtype in (torch.bfloat16, torch.float16):
+                raise ModelError(
+                    f"model.lora=null in {str(base.dtype).removeprefix('torch.')} with a reference that follows the "
+                    "policy: steps smaller than the spacing of these numbers would be lost, and the reference would "
+                    "stay where it is. Use model.dtype=float32, or train an adapter."
+                )
+            reference, follower = (copy.deepcopy(base.network) if there else None for there in (True, moving))
             base.network.requires_grad_(True)
-            model = cls(base, None, reference, frozenset(), "a frozen copy of the starting weights")
+            says = "a frozen copy of the starting weights"
+            model = cls(base, None, reference, frozenset(), says, moving=follower)
         else:
             wrapped, adapters, says = _adapt(base, config, config.lora)
+            if moving:
+                wrapped.add_adapter("moving", wrapped.peft_config["policy"])
+                adapters |= {"moving"}
             elsewhere = config.adapter is not None and config.reference == "base"
             model = cls(base, wrapped, None, adapters, says, starts_at_reference=not elsewhere)
             for name, parameter in wrapped.named_parameters():
@@ -287,6 +303,8 @@ class LanguageModel:
             base.network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             model._checkpointing = True
         model._switch("policy")
+        if moving:
+            model.follow(1.0)
         return model
 
     @property
@@ -324,9 +342,13 @@ class LanguageModel:
         try:
             mixed = self.mixed and self.device.type != "meta"
             with torch.autocast(self.device.type, self.dtype) if mixed else nullcontext():
-                yield self._reference if role == "reference" and self._reference is not None else self.network
+                yield self._network(role)
         finally:
             self._switch(before)
+
+    def _network(self, role: Role) -> Any:
+        separate = self._copies.get(role)
+        return self.network if separate is None else separate
 
     def keeping(self) -> AbstractContextManager[Any]:
         """Return the context of a forward pass that a backward pass follows: it says where activations are kept."""
@@ -364,36 +386,51 @@ class LanguageModel:
         """The trained parameters, in a fixed order."""
         return [p for p in (self._wrapped or self.network).parameters() if p.requires_grad]
 
-    def save(self, folder: Path) -> None:
-        """Write the policy into `folder`: an adapter in PEFT's format, or the full weights in transformers'."""
+    @torch.no_grad()
+    def follow(self, share: float) -> None:
+        """Mix the policy into the moving reference: its weights become share * policy + (1 - share) * their own.
+
+        Of an adapter the factors are mixed, not their product: of LoRA's update BA this leaves share * (1 - share) *
+        (B - B') (A - A') out, second order in the distance of the two, and nothing at share 1.
+        """
         if self._wrapped is None:
-            self.network.save_pretrained(folder)
+            pairs = zip(self.network.parameters(), self._network("moving").parameters(), strict=True)
+        else:
+            named = dict(self._wrapped.named_parameters())
+            own = re.compile(r"\.policy\b")
+            pairs = ((p, named[own.sub(".moving", name)]) for name, p in named.items() if own.search(name))
+        for ours, theirs in pairs:
+            theirs.lerp_(ours, share)
+
+    def save(self, folder: Path, role: Role = "policy") -> None:
+        """Write a role's own weights into `folder`: an adapter in PEFT's format, or a network in transformers'."""
+        if self._wrapped is None:
+            self._network(role).save_pretrained(folder)
             return
         from peft import get_peft_model_state_dict
 
         # Of the adapter alone: on some processors bitsandbytes' state_dict() of a 4-bit layer requantises its scales.
-        own = {name: value for name, value in self._wrapped.named_parameters() if ".policy." in name}
-        state = get_peft_model_state_dict(
-            self._wrapped, state_dict=own, adapter_name="policy", save_embedding_layers=False
-        )
+        own = {name: value for name, value in self._wrapped.named_parameters() if f".{role}." in name}
+        state = get_peft_model_state_dict(self._wrapped, state_dict=own, adapter_name=role, save_embedding_layers=False)
         save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, folder / "adapter_model.safetensors")
-        settings = copy.deepcopy(self._wrapped.peft_config["policy"])
+        settings = copy.deepcopy(self._wrapped.peft_config[role])
         settings.inference_mode = True
         settings.base_model_name_or_path = self.base.name
         settings.save_pretrained(str(folder))
 
-    def restore(self, folder: Path) -> None:
-        """Load what `save` wrote, bit for bit.
+    def restore(self, folder: Path, role: Role = "policy") -> None:
+        """Load what `save` wrote, bit for bit, into a role.
 
         Raises:
             ModelError: where the files do not fit this model.
         """
         if self._wrapped is not None:
-            _load_adapter(self._wrapped, folder, "policy")
+            _load_adapter(self._wrapped, folder, role)
             return
+        network = self._network(role)
         state = {k: v for file in sorted(folder.glob("*.safetensors")) for k, v in load_file(file).items()}
-        tied = self.network._tied_weights_keys or ()
-        _load_fitting(folder, lambda: self.network.load_state_dict(state, strict=False), lambda key: key not in tied)
+        tied = network._tied_weights_keys or ()
+        _load_fitting(folder, lambda: network.load_state_dict(state, strict=False), lambda key: key not in tied)
 
     def release(self) -> Base:
         """Take the policy off and return the base as it was loaded.

@@ -93,8 +93,22 @@ def wide_dtype(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
+@final
+@dataclass(frozen=True)
+class Spread:
+    """What is to be told of each whole distribution beside the target's log-prob."""
+
+    entropy: bool = False
+    """-sum over v of p(v) log p(v), in nats."""
+    collision: bool = False
+    """log of sum over v of p(v)^2, in nats."""
+
+
+NOTHING = Spread()
+
+
 class _FrozenHead(torch.autograd.Function):
-    """Log-probs and entropies through a frozen head; the forward pass also forms d log-prob / d hidden.
+    """Log-probs, and what `Spread` names, through a frozen head; the forward pass also forms d log-prob / d hidden.
 
     One pass over the vocabulary in tiles, with a running maximum m (Milakov and Gimelshein, arXiv:1805.02867). With
     rest = sum over v != y of exp(z_v - m) and total = rest + exp(z_y - m),
@@ -107,26 +121,24 @@ class _FrozenHead(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, head: Head, target: Tensor, chunk: int, keep_gradient: bool, entropy: bool
-    ) -> tuple[Tensor, Tensor | None]:
+        ctx: Any, hidden: Tensor, head: Head, target: Tensor, chunk: int, keep_gradient: bool, spread: Spread
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         # ctx.needs_input_grad is true even under no_grad, hence the explicit flag.
         wide = wide_dtype(hidden)
         logprobs = torch.empty(hidden.shape[0], dtype=wide, device=hidden.device)
-        entropies = torch.empty_like(logprobs) if entropy else None
+        entropies = torch.empty_like(logprobs) if spread.entropy else None
+        collisions = torch.empty_like(logprobs) if spread.collision else None
         gradient = torch.empty_like(hidden) if keep_gradient else None
         for start in range(0, hidden.shape[0], chunk):
             rows = slice(start, start + chunk)
-            part = _frozen_chunk(hidden[rows], head, target[rows], keep_gradient, entropy, wide)
-            logprobs[rows] = part[0]
-            if gradient is not None:
-                gradient[rows] = part[1]
-            if entropies is not None:
-                entropies[rows] = part[2]
+            part = _frozen_chunk(hidden[rows], head, target[rows], keep_gradient, spread, wide)
+            for whole, piece in zip((logprobs, gradient, entropies, collisions), part, strict=True):
+                if whole is not None:
+                    whole[rows] = piece
         if gradient is not None:
             ctx.save_for_backward(gradient)
-        if entropies is not None:
-            ctx.mark_non_differentiable(entropies)
-        return logprobs, entropies
+        ctx.mark_non_differentiable(*(one for one in (entropies, collisions) if one is not None))
+        return logprobs, entropies, collisions
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -136,14 +148,14 @@ class _FrozenHead(torch.autograd.Function):
 
 
 def _frozen_chunk(
-    hidden: Tensor, head: Head, target: Tensor, keep_gradient: bool, entropy: bool, wide: torch.dtype
-) -> tuple[Tensor, Any, Any]:
-    """Return log-probs, their gradient with respect to `hidden`, and entropies; the latter two where asked for."""
+    hidden: Tensor, head: Head, target: Tensor, keep_gradient: bool, spread: Spread, wide: torch.dtype
+) -> tuple[Tensor, Any, Any, Any]:
+    """Return log-probs, their gradient with respect to `hidden`, entropies and collisions; the last three if asked."""
     tokens, vocabulary = hidden.shape[0], head.weight.shape[0]
     tile = max(1, TILE.get(hidden.device.type, TILE["cpu"]) // tokens)
     lowest = torch.finfo(wide).min  # finite, so that no difference of two of them is NaN
     top = hidden.new_full((tokens, 1), lowest, dtype=wide)
-    rest, moment = top.new_zeros(tokens, 1), top.new_zeros(tokens, 1)
+    rest, moment, twice = (top.new_zeros(tokens, 1) for _ in range(3))
     rows = head.weight[target].to(wide)
     of_label = head.of_targets(hidden, rows, target)
     pull = hidden.new_zeros(hidden.shape, dtype=wide) if keep_gradient else None
@@ -159,9 +171,11 @@ def _frozen_chunk(
         higher = torch.maximum(top, logits.amax(1, keepdim=True))
         rise, top = top - higher, higher
         mass = logits.sub_(top)
-        if entropy:  # sum of exp(u) u over u = z - m, moved to the new maximum
+        if spread.entropy:  # sum of exp(u) u over u = z - m, moved to the new maximum
             moment = rise.exp() * (moment + rise * rest) + (mass.exp() * mass).sum(1, keepdim=True)
         mass = mass.exp_()
+        if spread.collision:
+            twice = (2 * rise).exp() * twice + mass.square().sum(1, keepdim=True)
         rest = rise.exp() * rest + mass.sum(1, keepdim=True)
         if pull is not None:
             mass = mass if slope is None else mass * slope
@@ -171,24 +185,28 @@ def _frozen_chunk(
     shrink, of_top = (top - higher).exp(), (of_label - higher).exp()
     total = shrink * rest + of_top
     logprobs = (of_label - higher - total.log()).squeeze(1)
-    gradient = entropies = None
+    gradient = entropies = collisions = None
     if pull is not None:
         slope = 1.0 if head.softcap is None else 1 - (of_label / head.softcap).square()
         gradient = ((rows * (rest * slope) - pull) * (head.scale * shrink / total)).to(hidden.dtype)
-    if entropy:
+    if spread.entropy:
         rise, of_own = top - higher, of_label - higher
         moment = shrink * (moment + rise * rest) + of_top * of_own
         entropies = (total.log() - moment / total).squeeze(1)
-    return logprobs, gradient, entropies
+    if spread.collision:
+        collisions = ((shrink.square() * twice + of_top.square()).log() - 2 * total.log()).squeeze(1)
+    return logprobs, gradient, entropies, collisions
 
 
 def _recomputed(
-    hidden: Float[Tensor, "tokens hidden"], target: Int[Tensor, " tokens"], head: Head, entropy: bool
-) -> tuple[Tensor, Tensor]:
+    hidden: Float[Tensor, "tokens hidden"], target: Int[Tensor, " tokens"], head: Head, spread: Spread
+) -> tuple[Tensor, Tensor, Tensor]:
     logprobs = head.logits(hidden).log_softmax(-1)
     known = logprobs.detach()
-    entropies = -(known.exp() * known).sum(-1) if entropy else known.new_zeros(len(known))
-    return logprobs.gather(1, target.unsqueeze(1)).squeeze(1), entropies
+    unasked = known.new_zeros(len(known))
+    entropies = -(known.exp() * known).sum(-1) if spread.entropy else unasked
+    collisions = (2 * known).logsumexp(-1) if spread.collision else unasked
+    return logprobs.gather(1, target.unsqueeze(1)).squeeze(1), entropies, collisions
 
 
 @final
@@ -200,6 +218,8 @@ class TokenScores:
     """log p(target) in nats, float32 (float64 for float64 input), differentiable in the hidden states."""
     entropies: Float[Tensor, " tokens"] | None
     """Entropy of the whole distribution there, in nats, without gradient; None where not asked for."""
+    collisions: Float[Tensor, " tokens"] | None
+    """log of the sum of its squared probabilities, in nats, likewise."""
 
 
 def token_scores(
@@ -207,7 +227,7 @@ def token_scores(
     target: Int[Tensor, " tokens"],
     head: Head,
     chunk: int = CHUNK,
-    entropy: bool = False,
+    spread: Spread = NOTHING,
 ) -> TokenScores:
     """Score target tokens from the hidden states that predict them.
 
@@ -217,13 +237,13 @@ def token_scores(
     if head.weight.requires_grad or (head.bias is not None and head.bias.requires_grad):
         pieces = zip(hidden.split(chunk), target.split(chunk), strict=True)
         if torch.is_grad_enabled():
-            parts = [checkpoint(_recomputed, h, t, head, entropy, use_reentrant=False) for h, t in pieces]
+            parts = [checkpoint(_recomputed, h, t, head, spread, use_reentrant=False) for h, t in pieces]
         else:
-            parts = [_recomputed(h, t, head, entropy) for h, t in pieces]
-        logprobs, entropies = (torch.cat(column) for column in zip(*parts, strict=True))
-        return TokenScores(logprobs, entropies if entropy else None)
+            parts = [_recomputed(h, t, head, spread) for h, t in pieces]
+        logprobs, entropies, collisions = (torch.cat(column) for column in zip(*parts, strict=True))
+        return TokenScores(logprobs, entropies if spread.entropy else None, collisions if spread.collision else None)
     keep_gradient = torch.is_grad_enabled() and hidden.requires_grad
-    return TokenScores(*_FrozenHead.apply(hidden, head, target, chunk, keep_gradient, entropy))  # pyright: ignore[reportGeneralTypeIssues]
+    return TokenScores(*_FrozenHead.apply(hidden, head, target, chunk, keep_gradient, spread))  # pyright: ignore[reportGeneralTypeIssues]
 
 
 @final
@@ -239,9 +259,11 @@ class CompletionLogps:
     """Completion tokens."""
     entropies: Float[Tensor, " tokens"] | None = None
     """Entropy in nats where each token is predicted, without gradient; None where not asked for."""
+    collisions: Float[Tensor, " tokens"] | None = None
+    """log of the sum of squared probabilities there, in nats, likewise."""
 
 
-def completion_logps(network: Any, forest: Forest, chunk: int = CHUNK, entropy: bool = False) -> CompletionLogps:
+def completion_logps(network: Any, forest: Forest, chunk: int = CHUNK, spread: Spread = NOTHING) -> CompletionLogps:
     """Score a forest with a causal language model in whatever role it stands.
 
     `network` is a bare transformers model (adapters injected or not) on the device of `forest`; a packed forest needs
@@ -250,9 +272,9 @@ def completion_logps(network: Any, forest: Forest, chunk: int = CHUNK, entropy: 
     backbone = network.base_model  # the model without its head; adapters live inside it
     hidden = backbone(**inputs(forest)).last_hidden_state
     selected = hidden.reshape(-1, hidden.shape[-1]).index_select(0, forest.source)
-    scored = token_scores(selected, forest.target, Head.of(network), chunk, entropy)
+    scored = token_scores(selected, forest.target, Head.of(network), chunk, spread)
     sums = scored.logprobs.new_zeros(forest.completions).index_add(0, forest.sequence, scored.logprobs)
-    return CompletionLogps(scored.logprobs, sums, forest.lengths, scored.entropies)
+    return CompletionLogps(scored.logprobs, sums, forest.lengths, scored.entropies, scored.collisions)
 
 
 def check_head(network: Any, tolerance: float) -> None:

@@ -9,6 +9,7 @@ and 40 a completion; delete it, or any folder in it, whenever you like, and what
 import hashlib
 import json
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,8 +45,30 @@ SHARD = 2048
 """Completions after which what is scored is written: as much as an interruption can lose."""
 
 
+class Reference(ABC):
+    """Whom the policy is compared with: log-probs by prompt and completion, constants of a training step."""
+
+    @abstractmethod
+    def prepare(self, keys: Iterable[Key], progress: bool = False) -> None:
+        """Score what can be scored ahead; `progress` says how much and shows a bar."""
+
+    @abstractmethod
+    def tokens(self, keys: Sequence[Key]) -> list[Tensor]:
+        """Return each completion's log-probs in nats, float32 `(tokens,)`, wherever they are at hand."""
+
+    @final
+    def sums(self, keys: Sequence[Key]) -> Float[Tensor, " keys"]:
+        """Return each completion's log-prob in nats, float32, likewise."""
+        return summed(self.tokens(keys))
+
+
+def summed(tokens: Sequence[Tensor]) -> Float[Tensor, " completions"]:
+    """Return each completion's log-prob from those of its tokens."""
+    return torch.stack([one.sum() for one in tokens])
+
+
 @final
-class ReferenceLogps:
+class ReferenceLogps(Reference):
     """Scores completions with the model in its reference role, once, and keeps the log-probs on disk, per token."""
 
     def __init__(self, model: LanguageModel, folder: Path | None = None) -> None:
@@ -91,17 +114,11 @@ class ReferenceLogps:
             if scored:
                 store.add(scored)
 
-    def sums(self, keys: Sequence[Key]) -> Float[Tensor, " keys"]:
-        """Return the summed log-probs in nats, on the model's device; scores what is not known yet."""
-        return torch.stack([tokens.sum() for tokens in self._read(keys)]).to(self._model.device)
-
     def tokens(self, keys: Sequence[Key]) -> list[Tensor]:
-        """Return each completion's log-probs in nats, float32 `(tokens,)`, on the model's device; scores likewise."""
-        return [tokens.to(self._model.device) for tokens in self._read(keys)]
-
-    def _read(self, keys: Sequence[Key]) -> list[Tensor]:
+        """Return each completion's log-probs in nats, float32 `(tokens,)`; scores what is not known yet."""
         self.prepare(keys)
-        return [torch.from_numpy(np.array(values)) for values in self._store().read([_address(key) for key in keys])]
+        stored = self._store().read([_address(key) for key in keys])
+        return [torch.from_numpy(np.array(values)) for values in stored]
 
     def _store(self) -> Store:
         """Return the store of this model's values, one for all instances that read the same loaded network."""

@@ -1,30 +1,31 @@
 """From examples to the record an objective reads: the model's side of `objective(view(batch))`."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar, final
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
 
 from dpo.data import Example
+from dpo.errors import ConfigError
 from dpo.losses import Objective
 from dpo.model.base import LanguageModel, Role
 from dpo.model.forest import Group
-from dpo.model.logprobs import completion_logps
-from dpo.model.reference import Key, ReferenceLogps
-from dpo.types import JudgementLogps, LossInput, PairLogps
+from dpo.model.logprobs import NOTHING, Spread, completion_logps
+from dpo.model.reference import Key, Reference, summed
+from dpo.types import JudgementLogps, LossInput, PairLogps, TokenLogps
 
 
-def view(
-    model: LanguageModel, reference: ReferenceLogps, objective: Objective, examples: Sequence[Example]
-) -> LossInput:
+def view(model: LanguageModel, reference: Reference, objective: Objective, examples: Sequence[Example]) -> LossInput:
     """Score examples with the policy and return the record `objective` asks for, on the model's device.
 
-    The mismatched log-probs of a judgement record are absent: they belong to a whole optimiser step, see `mismatched`.
+    The fields that belong to a whole optimiser step are absent, see `step_fields`.
     """
-    return _VIEWS[objective.view](model, reference if objective.needs_reference else None, examples)
+    return _VIEWS[objective.view](model, reference, objective, examples)
 
 
 def keys(examples: Sequence[Example]) -> list[Key]:
@@ -46,9 +47,13 @@ class Scored:
     """Summed over each completion's tokens, in nats."""
     lengths: Int[Tensor, " completions"]
     """Completion tokens."""
+    tokens: Sequence[Tensor]
+    """Each completion's, token by token, `(tokens,)`."""
+    collisions: Sequence[Tensor] | None
+    """As `TokenLogps.log_collision`; None where not asked for."""
 
 
-def score(model: LanguageModel, wanted: Sequence[Key], role: Role = "policy") -> Scored:
+def score(model: LanguageModel, wanted: Sequence[Key], role: Role = "policy", spread: Spread = NOTHING) -> Scored:
     """Score completions in `role`, in the order given; a prompt, and a completion of it, once however often."""
     grouped: dict[Any, dict[Any, int]] = {}
     for prompt, completion in wanted:
@@ -59,39 +64,76 @@ def score(model: LanguageModel, wanted: Sequence[Key], role: Role = "policy") ->
     }
     forest = model.forest([Group(prompt, list(completions)) for prompt, completions in grouped.items()])
     with model.role(role) as network, model.keeping():
-        scored = completion_logps(network, forest)
-    index = torch.tensor([place[key] for key in wanted], device=scored.sums.device)
-    return Scored(scored.sums[index], scored.lengths[index])
+        scored = completion_logps(network, forest, spread=spread)
+    order, lengths = [place[key] for key in wanted], scored.lengths.tolist()
+    index = torch.tensor(order, device=scored.sums.device)
+
+    def placed(values: Tensor) -> list[Tensor]:
+        parts = values.split(lengths)
+        return [parts[n] for n in order]
+
+    collisions = None if scored.collisions is None else placed(scored.collisions)
+    return Scored(scored.sums[index], scored.lengths[index], placed(scored.tokens), collisions)
 
 
-def _pairs(model: LanguageModel, reference: ReferenceLogps | None, examples: Sequence[Example]) -> PairLogps:
+def _pairs(model: LanguageModel, reference: Reference, objective: Objective, examples: Sequence[Example]) -> PairLogps:
     wanted = keys(examples)
-    scored = score(model, wanted)
+    scored = score(model, wanted, spread=Spread(collision=objective.needs_collision))
     chosen, rejected = scored.sums[0::2], scored.sums[1::2]
-    known = None if reference is None else reference.sums(wanted)
-    return PairLogps(
+    known = reference.tokens(wanted) if objective.needs_reference else None
+    sums = None if known is None else summed(known).to(chosen.device)
+    record = PairLogps(
         policy_chosen=chosen,
         policy_rejected=rejected,
-        reference_chosen=None if known is None else known[0::2],
-        reference_rejected=None if known is None else known[1::2],
+        reference_chosen=None if sums is None else sums[0::2],
+        reference_rejected=None if sums is None else sums[1::2],
         chosen_length=scored.lengths[0::2],
         rejected_length=scored.lengths[1::2],
         preference=chosen.new_tensor([example.preference for example in examples]),
         weight=chosen.new_tensor([example.weight for example in examples]),
     )
+    if not objective.needs_tokens:
+        return record
+    return replace(
+        record,
+        chosen_tokens=_token_logps(scored, known, slice(0, None, 2)),
+        rejected_tokens=_token_logps(scored, known, slice(1, None, 2)),
+    )
 
 
-def _judgements(model: LanguageModel, reference: ReferenceLogps | None, examples: Sequence[Example]) -> JudgementLogps:
+def _judgements(
+    model: LanguageModel, reference: Reference, objective: Objective, examples: Sequence[Example]
+) -> JudgementLogps:
+    if objective.needs_tokens or objective.needs_collision:
+        raise ConfigError(
+            f"objective: {type(objective).__name__} needs log-probs token by token, which the record of "
+            f"{objective.view} does not hold, expected a PairObjective. Use the sums, or score pairs."
+        )
     wanted = [(example.prompt, example.completions[0]) for example in examples]
     scored = score(model, wanted)
     return JudgementLogps(
         policy=scored.sums,
-        reference=None if reference is None else reference.sums(wanted),
+        reference=reference.sums(wanted).to(scored.sums.device) if objective.needs_reference else None,
         desirable=torch.tensor([example.desirable for example in examples], device=scored.sums.device),
         length=scored.lengths,
         policy_mismatched=None,
         reference_mismatched=None,
         weight=scored.sums.new_tensor([example.weight for example in examples]),
+    )
+
+
+def _token_logps(scored: Scored, reference: Sequence[Tensor] | None, side: slice) -> TokenLogps:
+    """Pad what belongs to one side of the pairs on the right."""
+
+    def padded(values: Sequence[Tensor]) -> Tensor:
+        return pad_sequence(list(values[side]), batch_first=True)
+
+    policy = padded(scored.tokens)
+    return TokenLogps(
+        policy=policy,
+        reference=None if reference is None else padded(reference).to(policy.device),
+        completion_mask=torch.arange(policy.shape[1], device=policy.device) < scored.lengths[side].unsqueeze(1),
+        log_collision=None if scored.collisions is None else padded(scored.collisions),
     )
 
 
@@ -109,33 +151,74 @@ def concatenate(records: Sequence[Record], batches: Sequence[Sequence[int]]) -> 
     """Join the records of micro-batches, without their gradients, in the order that the indices in `batches` name."""
     order = torch.tensor([n for batch in batches for n in batch]).argsort()
 
-    def joined(name: str) -> Any:
-        parts = [getattr(record, name) for record in records]
-        return None if parts[0] is None else torch.cat([part.detach() for part in parts])[order.to(parts[0].device)]
+    def joined(parts: Sequence[Any]) -> Any:
+        if parts[0] is None:
+            return None
+        if isinstance(parts[0], TokenLogps):
+            return TokenLogps(**{f.name: joined([getattr(part, f.name) for part in parts]) for f in fields(TokenLogps)})
+        width = max(part.shape[1] for part in parts) if parts[0].ndim == 2 else None
+        if width is not None:  # tokens, padded on the right: 0 where nothing is scored, False in a mask
+            parts = [pad(part, (0, width - part.shape[1])) for part in parts]
+        return torch.cat([part.detach() for part in parts])[order.to(parts[0].device)]
 
-    return type(records[0])(**{f.name: joined(f.name) for f in fields(records[0])})
+    return type(records[0])(**{f.name: joined([getattr(r, f.name) for r in records]) for f in fields(records[0])})
 
 
-def mismatched(
+def step_fields(
     model: LanguageModel,
-    reference: ReferenceLogps,
+    reference: Reference,
     objective: Objective,
     examples: Sequence[Example],
     batches: Sequence[Sequence[int]],
+    mean_log_ratio: float,
 ) -> dict[str, Tensor]:
-    """Score each judgement's other completion, without gradient: the fields of its record that `view` leaves out.
+    """Return the fields of a record that belong to a whole optimiser step and that `view` leaves out.
 
-    An objective reads them as a mean, held constant: one estimate from all examples serves every micro-batch, so that
-    the loss does not depend on how they are divided. Empty where the objective asks for none.
+    Each judgement's other completion is scored without gradient: an objective reads these as a mean, held constant,
+    and one estimate from all examples serves every micro-batch, so that the loss does not depend on how they are
+    divided. Empty where the objective asks for none.
     """
-    if not objective.needs_mismatched:
-        return {}
-    wanted = [(example.prompt, example.completions[1]) for example in examples]
-    order = torch.tensor([n for batch in batches for n in batch]).argsort()
-    with torch.no_grad():
-        parts = [score(model, [wanted[n] for n in batch]).sums for batch in batches]
-    policy = torch.cat(parts)
-    return {"policy_mismatched": policy[order.to(policy.device)], "reference_mismatched": reference.sums(wanted)}
+    found: dict[str, Tensor] = {}
+    if objective.needs_mean_log_ratio:
+        found["mean_log_ratio"] = torch.tensor(mean_log_ratio, device=model.device)
+    if objective.needs_mismatched:
+        wanted = [(example.prompt, example.completions[1]) for example in examples]
+        order = torch.tensor([n for batch in batches for n in batch]).argsort()
+        parts = [[wanted[n] for n in batch] for batch in batches]
+        with torch.no_grad():
+            policy = torch.cat([score(model, part).sums for part in parts])
+        order = order.to(policy.device)
+        found["policy_mismatched"] = policy[order]
+        found["reference_mismatched"] = torch.cat([reference.sums(part) for part in parts]).to(policy.device)[order]
+    return found
+
+
+TOKENS = {"policy_chosen": "chosen_tokens", "policy_rejected": "rejected_tokens"}
+"""Fields of a record that hold the same log-probs as sums and token by token."""
+
+
+def policy_logps(record: LossInput) -> dict[str, Tensor]:
+    """Return the log-probs of a record that carry the policy's gradient, by the name of their field."""
+    if isinstance(record, JudgementLogps):
+        return {"policy": record.policy}
+    found = {name: getattr(record, name) for name in TOKENS}
+    return found | {field: one.policy for field in TOKENS.values() if (one := getattr(record, field)) is not None}
+
+
+def with_policy_logps(record: Record, logps: Mapping[str, Tensor]) -> Record:
+    """Return the record with others in the places that `policy_logps` names."""
+    tokens = TOKENS.values()
+    changed = {n: replace(getattr(record, n), policy=one) if n in tokens else one for n, one in logps.items()}
+    return replace(record, **changed)
+
+
+def log_ratios(record: LossInput) -> list[Tensor]:
+    """Return the log-ratios of policy to reference in nats, `(batch,)` of each side; none without a reference."""
+    if isinstance(record, PairLogps):
+        sides = [(record.policy_chosen, record.reference_chosen), (record.policy_rejected, record.reference_rejected)]
+    else:
+        sides = [(record.policy, record.reference)]
+    return [policy.detach() - reference for policy, reference in sides if reference is not None]
 
 
 def largest_drift(record: LossInput) -> float:
@@ -143,12 +226,24 @@ def largest_drift(record: LossInput) -> float:
 
     It is 0 where the policy starts at its reference, up to the rounding of different batch shapes.
     """
-    if isinstance(record, PairLogps):
-        columns = [
-            (record.policy_chosen, record.reference_chosen, record.chosen_length),
-            (record.policy_rejected, record.reference_rejected, record.rejected_length),
-        ]
-    else:
-        columns = [(record.policy, record.reference, record.length)]
-    drifts: list[Tensor] = [((p - r) / n).abs().max() for p, r, n in columns if r is not None]
+    pair = isinstance(record, PairLogps)
+    lengths = [record.chosen_length, record.rejected_length] if pair else [record.length]
+    drifts = [(ratio / length).abs().max() for ratio, length in zip(log_ratios(record), lengths, strict=False)]
     return max((drift.item() for drift in drifts), default=0.0)
+
+
+@final
+class MovingReference(Reference):
+    """The policy's own past, as the model keeps it: scored anew at every call, since it is never the same twice."""
+
+    def __init__(self, model: LanguageModel) -> None:
+        """Score with `model`, which must have been started with a moving reference."""
+        self._model = model
+
+    def prepare(self, keys: Iterable[Key], progress: bool = False) -> None:
+        """Nothing can be scored ahead."""
+
+    def tokens(self, keys: Sequence[Key]) -> list[Tensor]:
+        """Score the completions in the role "moving", without dropout and gradient."""
+        with self._model.reading("moving"):
+            return list(score(self._model, keys, "moving").tokens)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 import pytest
 import torch
@@ -20,17 +20,18 @@ from dpo.batches import Plan
 from dpo.data import Example, prepare
 from dpo.data.prepare import DataConfig
 from dpo.errors import CheckpointError, TrainingError
-from dpo.losses import Objective
+from dpo.losses import MovesReference, Objective, PairObjective
 from dpo.losses.dpo import DPO
 from dpo.losses.ipo import IPO
 from dpo.losses.kto import KTO
+from dpo.losses.reduce import log_ratios, pair_output
 from dpo.losses.sft import SFT
 from dpo.metrics import AXES, METRICS, Row, read
 from dpo.model.base import Base, LanguageModel, LoRA, ModelConfig, load_base
 from dpo.model.reference import ReferenceLogps
 from dpo.sinks import Sink
 from dpo.train import Loop, Optimiser, Outcome, division, learning_rate, peak_memory, reset_peak_memory, train
-from dpo.types import LossOutput
+from dpo.types import LossOutput, PairLogps
 
 OPTIMISER = Optimiser(learning_rate=1e-3, warmup_ratio=0.2)
 LOOP = Loop(per_device_train_batch_size=4, gradient_accumulation_steps=2, num_train_epochs=2, save_steps=2, seed=3)
@@ -56,9 +57,9 @@ class Lab:
         return prepare(source, self.base.tokenizer, view, mismatched=mismatched).train[:count]
 
     @contextmanager
-    def started(self, dropout: float = 0.0, **config: Any) -> Iterator[LanguageModel]:
+    def started(self, dropout: float = 0.0, moving: bool = False, **config: Any) -> Iterator[LanguageModel]:
         settings = self.config.model_copy(update={"lora": LoRA(r=4, dropout=dropout), **config})
-        model = LanguageModel.start(self.base, settings, seed=3)
+        model = LanguageModel.start(self.base, settings, seed=3, moving=moving)
         try:
             yield model
         finally:
@@ -80,7 +81,7 @@ class Lab:
     ) -> Outcome:
         """Train; `watch` is called with the model at every row of the ledger. The adapter is saved at the end."""
         found = self.examples(objective, examples + held_out)
-        with self.started(dropout, **config) as model:
+        with self.started(dropout, isinstance(objective, MovesReference), **config) as model:
             sinks: Sequence[Sink] = () if watch is None else (Watcher(model, watch),)
             outcome = train(
                 model=model,
@@ -113,6 +114,63 @@ class Watcher:
 @pytest.fixture
 def lab(base: Base, tiny_config: ModelConfig, pairs_file: Callable[..., Path], tmp_path: Path) -> Lab:
     return Lab(base, tiny_config, pairs_file(tmp_path / "pairs.jsonl"))
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Sorted(PairObjective):
+    """Couples the examples of a step: the k-th smallest margin against the k-th smallest of the reference."""
+
+    needs_reference = True
+    needs_tokens = True
+    batch_coupled = True
+    paper = "nowhere"
+
+    def __call__(self, logps: PairLogps) -> LossOutput:
+        margin = logps.policy_chosen - logps.policy_rejected
+        assert logps.chosen_tokens is not None
+        assert logps.reference_chosen is not None
+        assert logps.reference_rejected is not None
+        of_reference = (logps.reference_chosen - logps.reference_rejected).sort().values
+        gap = margin - of_reference[margin.argsort().argsort()]
+        first = logps.chosen_tokens.policy[:, 0]  # and each example's first token against the mean of all
+        losses = torch.nn.functional.softplus(-gap) + 0.1 * (first - first.mean()) ** 2
+        return pair_output(logps, losses, torch.stack([margin, 0 * margin], 1))
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Shifted(PairObjective):
+    """Depends on the running mean of the log-ratios."""
+
+    needs_reference = True
+    needs_mean_log_ratio = True
+    paper = "nowhere"
+
+    def __call__(self, logps: PairLogps) -> LossOutput:
+        assert logps.mean_log_ratio is not None
+        chosen, rejected = log_ratios(logps)
+        shift = logps.mean_log_ratio
+        losses = torch.nn.functional.softplus(shift - chosen) + torch.nn.functional.softplus(rejected - shift)
+        out = pair_output(logps, losses, torch.stack([chosen, rejected], 1))
+        return replace(out, metrics={**out.metrics, "custom/shift": shift})
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Following(PairObjective, MovesReference):
+    """DPO against a reference that takes over a share of the policy every `every` steps."""
+
+    part: float = 0.5
+    every: int = 1
+    needs_reference = True
+    paper = "nowhere"
+
+    def share(self, step: int) -> float:
+        return self.part if step % self.every == 0 else 0.0
+
+    def __call__(self, logps: PairLogps) -> LossOutput:
+        return DPO()(logps)
 
 
 class Killed(BaseException):
@@ -205,7 +263,9 @@ def replaced(settings: Any, **changes: Any) -> Any:
     return type(settings).model_validate({**settings.model_dump(), **changes})
 
 
-@pytest.mark.parametrize("objective", [DPO(), IPO(), KTO(), SFT()], ids=lambda one: type(one).__name__)
+@pytest.mark.parametrize(
+    "objective", [DPO(), IPO(), KTO(), SFT(), Sorted(), Shifted(), Following()], ids=lambda one: type(one).__name__
+)
 def test_accumulation_is_exact_also_in_a_last_smaller_batch(lab: Lab, tmp_path: Path, objective: Objective) -> None:
     portions = {"2 x 4": (2, 4), "8 x 1": (8, 1)}
     for name, (micro, times) in portions.items():
@@ -214,12 +274,92 @@ def test_accumulation_is_exact_also_in_a_last_smaller_batch(lab: Lab, tmp_path: 
     assert_close(tmp_path / "2 x 4", tmp_path / "8 x 1")
 
 
-@pytest.mark.parametrize("objective", [DPO(), IPO(), KTO(), SFT()], ids=lambda one: type(one).__name__)
+@pytest.mark.parametrize(
+    "objective", [DPO(), IPO(), KTO(), SFT(), Sorted(), Shifted(), Following()], ids=lambda one: type(one).__name__
+)
 def test_accumulation_is_exact_with_a_ragged_last_micro_batch(lab: Lab, tmp_path: Path, objective: Objective) -> None:
     for name, micro, times in (("3 and rest", 3, 3), ("9 x 1", 9, 1)):
         loop = replaced(LOOP, per_device_train_batch_size=micro, gradient_accumulation_steps=times, num_train_epochs=1)
         lab.run(tmp_path / name, objective, loop=loop, examples=17)  # 9, then 8 = 3 + 3 + 2
     assert_close(tmp_path / "3 and rest", tmp_path / "9 x 1")
+
+
+def test_a_coupled_step_repeats_its_random_numbers(lab: Lab, tmp_path: Path) -> None:
+    """With dropout, the factors of the first pass belong to what the second one computes."""
+    seen: list[Tensor] = []
+    view = loop_module.view
+
+    def watch(*args: Any) -> Any:
+        record = view(*args)
+        seen.append(record.policy_chosen.detach())
+        return record
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop_module, "view", watch)
+        lab.run(tmp_path, Sorted(), loop=replaced(LOOP, max_steps=1), dropout=0.5)
+    first, second, again_first, again_second = seen[-4:]
+    assert torch.equal(first, again_first)
+    assert torch.equal(second, again_second)
+    assert not torch.equal(first, second)
+
+
+def test_the_running_mean_is_that_of_the_steps_before(lab: Lab, tmp_path: Path) -> None:
+    lab.run(tmp_path, Shifted())
+    found, total, count = rows(tmp_path), 0.0, 0
+    for row, batch in zip(found, [8, 8, 4] * 2, strict=True):
+        assert float(row["custom/shift"]) == pytest.approx(total / max(1, count), abs=1e-5)
+        total += batch * (float(row["reward/chosen"]) + float(row["reward/rejected"]))
+        count += 2 * batch
+    assert abs(float(found[-1]["custom/shift"])) > 1e-4  # it did move
+
+
+def test_a_moving_reference_follows_the_policy_and_evaluation_keeps_the_start(lab: Lab, tmp_path: Path) -> None:
+    loop, kept = replaced(LOOP, eval_steps=6), ("reward/margin", "eval/reward/margin")
+    found: dict[str, list[list[float]]] = {}
+    for name, objective in {
+        "still": DPO(),
+        "copied": Following(part=1.0),
+        "never": Following(part=0.5, every=99),
+    }.items():
+        lab.run(tmp_path / name, objective, loop=loop, held_out=4)
+        found[name] = [
+            [float(row[key]) for row in rows(tmp_path / name, key.split("/")[0].replace("reward", "train"))]
+            for key in kept
+        ]
+    assert found["never"] == [pytest.approx(found["still"][0], abs=1e-6), pytest.approx(found["still"][1], abs=1e-6)]
+    assert found["copied"][0] == pytest.approx([0.0] * 6, abs=1e-5)  # the copy of the step before is the policy itself
+    assert abs(found["still"][0][-1]) > 1e-3
+    assert abs(found["copied"][1][-1]) > 1e-3  # held against the start, the policy has moved
+
+
+def test_a_skipped_step_leaves_the_running_mean_and_not_the_moving_reference(lab: Lab, tmp_path: Path) -> None:
+    """A copy that falls on a step without an update is not put off: the policy is what it was."""
+    seen: list[float] = []
+
+    @final
+    @dataclass(frozen=True, kw_only=True)
+    class Failing(PairObjective, MovesReference):
+        needs_reference = True
+        needs_mean_log_ratio = True
+        paper = "nowhere"
+
+        def share(self, step: int) -> float:
+            return 1.0 if step == 2 else 0.0
+
+        def __call__(self, logps: PairLogps) -> LossOutput:
+            assert logps.mean_log_ratio is not None
+            seen.append(logps.mean_log_ratio.item())
+            out = DPO()(logps)
+            return replace(out, loss=out.loss * math.nan) if len(seen) in (3, 4) else out  # step 2, both micro-batches
+
+    loop = replaced(LOOP, max_steps=3, gradient_accumulation_steps=1, per_device_train_batch_size=8)
+    lab.run(tmp_path, Failing(), loop=loop)
+    first, second, third = rows(tmp_path)
+    assert math.isnan(float(second["train/loss"]))
+    assert abs(float(second["reward/margin"])) > 1e-4
+    assert float(third["reward/margin"]) == pytest.approx(0, abs=1e-5)  # held against the copy of itself
+    assert seen[2] == seen[4]  # nothing of the step that was skipped
+    assert first["step"] == 1
 
 
 def assert_close(first: Path, second: Path) -> None:
@@ -352,7 +492,9 @@ def test_without_a_terminal_a_line_now_and_then_says_how_far_it_is(
 
 
 @pytest.mark.parametrize(
-    ("objective", "dropout"), [(DPO(), 0.1), (KTO(), 0.0), (SFT(), 0.1)], ids=["DPO with dropout", "KTO", "SFT"]
+    ("objective", "dropout"),
+    [(DPO(), 0.1), (KTO(), 0.0), (SFT(), 0.1), (Shifted(), 0.0), (Following(part=0.3, every=2), 0.1), (Sorted(), 0.1)],
+    ids=["DPO with dropout", "KTO", "SFT", "running mean", "moving reference", "coupled"],
 )
 def test_a_resumed_run_is_bit_for_bit_the_unbroken_one(
     lab: Lab, tmp_path: Path, objective: Objective, dropout: float

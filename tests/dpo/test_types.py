@@ -48,6 +48,7 @@ def test_shapes_and_dtypes_are_checked_where_the_tests_run(wrong: dict[str, obje
 def test_judgements_and_outputs_have_the_promised_fields() -> None:
     assert [f.name for f in fields(JudgementLogps)] == [
         "policy", "reference", "desirable", "length", "policy_mismatched", "reference_mismatched", "weight",
+        "mean_log_ratio",
     ]  # fmt: skip
     output = LossOutput(loss=torch.tensor(0.5), losses=torch.zeros(2), rewards=torch.zeros(2, 2))
     assert output.metrics == {}

@@ -445,6 +445,74 @@ def edit(adapter: Path, **settings: object) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | settings))
 
 
+def moving(model: LanguageModel) -> torch.Tensor:
+    return logits(model, "moving")
+
+
+class TestMovingReference:
+    @pytest.fixture(params=["lora", "dora", "full weights"])
+    def model(self, request, start) -> LanguageModel:
+        settings = {"lora": {}, "dora": {"lora": {"dora": True}}, "full weights": {"lora": None}}
+        return start(moving=True, **settings[request.param])
+
+    def test_it_starts_as_the_policy_and_follows_when_told(self, model, perturb):
+        begin = logits(model, "policy")
+        assert torch.equal(moving(model), begin)
+        perturb(model)
+        assert torch.equal(moving(model), begin)
+        assert torch.equal(logits(model, "reference"), begin)
+        model.follow(0.25)
+        mixed, policy = moving(model), logits(model, "policy")
+        assert (mixed - begin).abs().max() > 1e-3
+        assert (mixed - policy).abs().max() > 1e-3
+        model.follow(1.0)
+        assert torch.equal(moving(model), policy)
+        assert torch.equal(logits(model, "reference"), begin)
+
+    def test_its_weights_are_the_weighted_mean(self, model, perturb, tmp_path):
+        before = saved(model, tmp_path / "before", "moving")
+        perturb(model)
+        model.follow(0.25)
+        after, policy = saved(model, tmp_path / "after", "moving"), saved(model, tmp_path / "policy", "policy")
+        assert before.keys() == after.keys() == policy.keys()
+        for name, one in after.items():
+            torch.testing.assert_close(one, 0.25 * policy[name] + 0.75 * before[name])
+
+    def test_it_is_not_trained(self, start):
+        model, plain = start(moving=True), start()
+        assert len(model.parameters()) == len(plain.parameters())
+        with model.role("moving") as network:
+            assert not any(p.requires_grad for name, p in network.named_parameters() if ".moving" in name)
+
+    def test_it_is_saved_and_restored_apart(self, model, perturb, tmp_path):
+        perturb(model)
+        model.follow(0.5)
+        before, policy = moving(model), logits(model, "policy")
+        model.save(tmp_path, "moving")
+        model.follow(1.0)
+        model.restore(tmp_path, "moving")
+        assert torch.equal(moving(model), before)
+        assert torch.equal(logits(model, "policy"), policy)
+
+    def test_full_weights_in_half_precision_are_refused(self, start):
+        """One lerp of 0.3 from 1 to the next bfloat16 rounds back to 1, however often it is repeated."""
+        with pytest.raises(ModelError, match=r"model\.lora=null in bfloat16 with a reference that follows"):
+            start(moving=True, lora=None, dtype="bfloat16")
+
+    def test_it_starts_at_a_starting_adapter(self, start, adapter):
+        model = start(adapter=str(adapter), moving=True)
+        assert torch.equal(moving(model), logits(model, "reference"))
+        away = start(adapter=str(adapter), reference="base", moving=True)
+        assert torch.equal(moving(away), logits(away, "policy"))
+        assert not torch.equal(moving(away), logits(away, "reference"))
+
+
+def saved(model: LanguageModel, folder: Path, role: str) -> dict[str, torch.Tensor]:
+    folder.mkdir()
+    model.save(folder, role)
+    return {name: one for file in folder.glob("*.safetensors") for name, one in load_file(file).items()}
+
+
 class TestFullWeights:
     @pytest.fixture(params=["llama", "tied"])
     def model(self, request, start, tiny_gpt2) -> LanguageModel:

@@ -25,7 +25,9 @@ from dpo.errors import ModelError
 from dpo.model import logprobs as module
 from dpo.model.base import LanguageModel, load_base
 from dpo.model.forest import Forest, Group
-from dpo.model.logprobs import Head, check_head, completion_logps, token_scores
+from dpo.model.logprobs import Head, Spread, check_head, completion_logps, token_scores
+
+BOTH = Spread(entropy=True, collision=True)
 
 GROUPS = [
     Group((5, 6, 7), ((20, 21, 3), (30, 3))),
@@ -172,10 +174,12 @@ class TestTiles:
         weight = 2 * torch.randn(11, 5, dtype=torch.float64)
         bias = torch.randn(11, dtype=torch.float64) if biased else None
         hidden = torch.randn(7, 5, dtype=torch.float64, requires_grad=True)
-        ours = token_scores(hidden, self.target, Head(weight, bias, scale, softcap), entropy=True)
+        ours = token_scores(hidden, self.target, Head(weight, bias, scale, softcap), spread=BOTH)
         logprobs, entropies = scores(hidden, self.target, weight, bias, scale, softcap)
         torch.testing.assert_close(ours.logprobs, logprobs, rtol=0, atol=1e-12)
         torch.testing.assert_close(ours.entropies, entropies.detach(), rtol=0, atol=1e-12)
+        full = Head(weight, bias, scale, softcap).logits(hidden.detach()).log_softmax(-1)
+        torch.testing.assert_close(ours.collisions, full.exp().square().sum(1).log(), rtol=0, atol=1e-12)
         mixed = torch.linspace(-1, 2, 7, dtype=torch.float64)
         (slope,) = torch.autograd.grad((mixed * ours.logprobs).sum(), hidden)
         (expected,) = torch.autograd.grad((mixed * logprobs).sum(), hidden)
@@ -196,12 +200,13 @@ class TestTiles:
         logits = torch.tensor([1e4, -1e4, 9999.0, 0.0])[order]
         hidden = torch.ones(7, 1, requires_grad=True)
         target = torch.tensor([0, 1, 2, 3, 0, 1, 2])
-        ours = token_scores(hidden, target, Head(logits.unsqueeze(1)), entropy=True)
+        ours = token_scores(hidden, target, Head(logits.unsqueeze(1)), spread=BOTH)
         # The two highest differ by one nat: p = 1 / (1 + 1/e), and 1/(e + 1); the others are out of their sight.
         rest = math.log1p(math.exp(-1))
         torch.testing.assert_close(ours.logprobs.detach(), logits[target] - 1e4 - rest, rtol=1e-6, atol=1e-6)
         low = 1 / (math.e + 1)
         assert ours.entropies.tolist() == pytest.approx([rest + low] * 7, abs=1e-5)
+        assert ours.collisions.tolist() == pytest.approx([math.log(low**2 + (1 - low) ** 2)] * 7, abs=1e-5)
         ours.logprobs.sum().backward()
         torch.testing.assert_close(hidden.grad.squeeze(1), logits[target] - 1e4 + low, rtol=1e-5, atol=1e-3)
 
@@ -239,7 +244,7 @@ class TestTiles:
         assert (lost - expected).norm() > 0.5 * expected.norm()
 
 
-class TestEntropies:
+class TestEntropiesAndCollisions:
     @pytest.mark.parametrize("trained", [False, True])
     @pytest.mark.parametrize("chunk", [2, 256])
     def test_are_those_of_the_definition_and_carry_no_gradient(self, trained, chunk):
@@ -247,10 +252,13 @@ class TestEntropies:
         hidden = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
         weight = torch.randn(9, 4, dtype=torch.float64, requires_grad=trained)
         target = torch.arange(5)
-        ours = token_scores(hidden, target, Head(weight, scale=1.5), chunk, entropy=True)
+        ours = token_scores(hidden, target, Head(weight, scale=1.5), chunk, spread=BOTH)
         expected = scores(hidden, target, weight, scale=1.5)
         torch.testing.assert_close(ours.entropies, expected[1].detach(), rtol=0, atol=1e-12)
         assert not ours.entropies.requires_grad
+        probabilities = Head(weight.detach(), scale=1.5).logits(hidden.detach()).softmax(-1)
+        torch.testing.assert_close(ours.collisions, probabilities.square().sum(1).log(), rtol=0, atol=1e-12)
+        assert not ours.collisions.requires_grad
         torch.testing.assert_close(
             torch.autograd.grad(ours.logprobs.sum(), hidden), torch.autograd.grad(expected[0].sum(), hidden)
         )
@@ -260,20 +268,25 @@ class TestEntropies:
         weight = torch.zeros(8, 2)
         weight[3, 1] = 100
         hidden = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
-        ours = token_scores(hidden, torch.tensor([0, 3]), Head(weight.requires_grad_(trained)), entropy=True)
+        ours = token_scores(hidden, torch.tensor([0, 3]), Head(weight.requires_grad_(trained)), spread=BOTH)
         assert ours.entropies.tolist() == pytest.approx([math.log(8), 0], abs=1e-6)
+        assert ours.collisions.tolist() == pytest.approx([-math.log(8), 0], abs=1e-6)
         assert ours.logprobs.tolist() == pytest.approx([-math.log(8), 0], abs=1e-6)
 
     @pytest.mark.parametrize("trained", [False, True])
     def test_only_where_asked_for(self, trained):
         head = Head(torch.randn(5, 3, requires_grad=trained))
-        assert token_scores(torch.randn(2, 3), torch.tensor([0, 1]), head).entropies is None
+        plain = token_scores(torch.randn(2, 3), torch.tensor([0, 1]), head)
+        assert (plain.entropies, plain.collisions) == (None, None)
+        some = token_scores(torch.randn(2, 3), torch.tensor([0, 1]), head, spread=Spread(collision=True))
+        assert some.entropies is None
+        assert some.collisions is not None
 
     def test_of_a_forest(self):
         network = network_of("llama").eval().requires_grad_(False)
         forest = Forest.padded(GROUPS, 0)
         assert completion_logps(network, forest).entropies is None
-        ours = completion_logps(network, forest, entropy=True).entropies
+        ours = completion_logps(network, forest, spread=BOTH).entropies
         logprobs = network(input_ids=forest.input_ids).logits.log_softmax(-1)
         expected = -(logprobs.exp() * logprobs).sum(-1).flatten()[forest.source]
         torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
@@ -337,7 +350,7 @@ class TestMemory:
         monkeypatch.setattr(module, "TILE", {"cpu": 64 * 150})
         hidden, head = torch.randn(600, 8, requires_grad=wanted), Head(torch.randn(997, 8))
         with largest:
-            scored = token_scores(hidden, torch.arange(600), head, chunk=64, entropy=True)
+            scored = token_scores(hidden, torch.arange(600), head, chunk=64, spread=BOTH)
             if wanted:
                 scored.logprobs.sum().backward()
         assert largest.elements == 64 * 150  # more than the weights' 997 x 8, less than a chunk's 64 x 997
@@ -345,7 +358,7 @@ class TestMemory:
     def test_a_trained_head_makes_a_chunk_of_logits_at_most(self, largest):
         hidden, weight = torch.randn(600, 8, requires_grad=True), torch.randn(997, 8, requires_grad=True)
         with largest:
-            token_scores(hidden, torch.arange(600), Head(weight), chunk=64, entropy=True).logprobs.sum().backward()
+            token_scores(hidden, torch.arange(600), Head(weight), chunk=64, spread=BOTH).logprobs.sum().backward()
         assert largest.elements == 64 * 997
 
     def test_no_gradient_buffer_where_none_is_wanted(self, monkeypatch, hidden):

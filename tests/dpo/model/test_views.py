@@ -1,16 +1,50 @@
 """Each view puts the right number in the right column."""
 
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
+from typing import final
 
 import pytest
 import torch
 
+from dpo.losses import PairObjective
 from dpo.losses.dpo import DPO
 from dpo.losses.kto import KTO
 from dpo.losses.sft import SFT
 from dpo.model.forest import Group
 from dpo.model.reference import ReferenceLogps
-from dpo.model.views import concatenate, keys, largest_drift, mismatched, score, tokens, view
+from dpo.model.views import (
+    MovingReference,
+    concatenate,
+    keys,
+    largest_drift,
+    policy_logps,
+    score,
+    step_fields,
+    tokens,
+    view,
+    with_policy_logps,
+)
+from dpo.types import TokenLogps
+
+PAIR_FIELDS = ("policy_chosen", "policy_rejected", "chosen_tokens", "rejected_tokens")
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Tokenwise(PairObjective):
+    """Asks for all that a pair's record can hold."""
+
+    needs_reference = True
+    needs_tokens = True
+    needs_collision = True
+    needs_mean_log_ratio = True
+    paper = "nowhere"
+
+    def __call__(self, logps):
+        raise AssertionError("only its needs are read")
+
+
+TOKENWISE = Tokenwise()
 
 
 @pytest.fixture
@@ -74,11 +108,67 @@ def test_judgements_hold_the_labels_and_no_mismatched_completions(model, example
 
 def test_mismatched_completions_are_scored_without_gradient_in_the_order_of_the_examples(model, examples, one_by_one):
     other = side(examples, 1)
-    found = mismatched(model, ReferenceLogps(model), KTO(), examples, [[2, 0], [3, 1]])
+    found = step_fields(model, ReferenceLogps(model), KTO(), examples, [[2, 0], [3, 1]], 0.0)
     near(found["policy_mismatched"], one_by_one("policy", other))
     near(found["reference_mismatched"], one_by_one("reference", other))
     assert not found["policy_mismatched"].requires_grad
-    assert mismatched(model, ReferenceLogps(model), DPO(), examples, [[0, 1, 2, 3]]) == {}
+    assert step_fields(model, ReferenceLogps(model), DPO(), examples, [[0, 1, 2, 3]], 0.5) == {}
+
+
+def test_the_running_mean_is_told_to_those_who_ask(model, examples):
+    found = step_fields(model, ReferenceLogps(model), TOKENWISE, examples, [[0, 1, 2, 3]], 0.5)
+    assert found == {"mean_log_ratio": torch.tensor(0.5)}
+
+
+def test_tokens_are_those_of_each_completion_padded_on_the_right(model, examples):
+    record = view(model, ReferenceLogps(model), TOKENWISE, examples)
+    for number, (tokens_of_side, sums) in enumerate(
+        [(record.chosen_tokens, record.policy_chosen), (record.rejected_tokens, record.policy_rejected)]
+    ):
+        assert tokens_of_side.completion_mask.sum(1).tolist() == [len(c) for _, c in side(examples, number)]
+        assert not tokens_of_side.policy[~tokens_of_side.completion_mask].any()
+        near(tokens_of_side.policy.sum(1), sums.detach())
+        assert tokens_of_side.policy.requires_grad
+        assert not tokens_of_side.reference.requires_grad
+        for row, (prompt, completion) in enumerate(side(examples, number)):
+            ids = torch.tensor([[*prompt, *completion]])
+            place = slice(len(prompt) - 1, ids.shape[1] - 1)
+            for role, got in (("policy", tokens_of_side.policy), ("reference", tokens_of_side.reference)):
+                with model.reading(role) as network:
+                    full = network(input_ids=ids).logits[0, place].log_softmax(-1)
+                near(got[row, : len(completion)], full.gather(1, torch.tensor([completion]).T).squeeze(1))
+                if role == "policy":
+                    likely = tokens_of_side.log_collision
+                    near(likely[row, : len(completion)], full.exp().square().sum(1).log())
+    assert not record.chosen_tokens.log_collision.requires_grad
+
+
+def test_what_costs_more_is_computed_for_those_who_ask(model, examples):
+    record = view(model, ReferenceLogps(model), DPO(), examples)
+    assert (record.chosen_tokens, record.rejected_tokens, record.mean_log_ratio) == (None, None, None)
+
+
+def test_a_moving_reference_is_scored_as_it_stands(start, perturb, examples, one_by_one):
+    model = start(moving=True)
+    reference = MovingReference(model)
+    wanted = side(examples, 0)
+    begin = reference.sums(wanted)
+    near(begin, ReferenceLogps(model).sums(wanted))
+    perturb(model)
+    assert torch.equal(reference.sums(wanted), begin)
+    model.follow(1.0)
+    near(reference.sums(wanted), score(model, wanted).sums.detach())
+    assert not reference.tokens(wanted)[0].requires_grad
+
+
+def test_the_gradient_s_leaves_are_put_back_where_they_were(model, examples):
+    for objective in (TOKENWISE, KTO()):
+        record = view(model, ReferenceLogps(model), objective, examples)
+        moved = with_policy_logps(record, {name: one + 1 for name, one in policy_logps(record).items()})
+        names = set(policy_logps(record))
+        assert names == ({"policy"} if objective == KTO() else {*PAIR_FIELDS})
+        for name, one in policy_logps(moved).items():
+            assert torch.equal(one, policy_logps(record)[name] + 1)
 
 
 def test_what_is_asked_for_twice_is_scored_once(model, examples, monkeypatch):
@@ -128,15 +218,23 @@ def test_tokens_count_a_prompt_once(examples):
     assert tokens(examples[:2]) == (3 + 3 + 2) + (1 + 5 + 4)
 
 
-@pytest.mark.parametrize("objective", [DPO(), KTO()], ids=["pairs", "judgements"])
+def assert_same(parts, whole):
+    for field in fields(whole):
+        ours, expected = getattr(parts, field.name), getattr(whole, field.name)
+        if isinstance(expected, TokenLogps):
+            assert_same(ours, expected)
+        else:
+            torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("objective", [DPO(), KTO(), TOKENWISE], ids=["pairs", "judgements", "tokens"])
 def test_concatenated_batches_are_the_whole(model, examples, objective):
     reference = ReferenceLogps(model)
     whole = view(model, reference, objective, examples)
     batches = [[3, 1], [0, 2]]
     parts = concatenate([view(model, reference, objective, [examples[n] for n in batch]) for batch in batches], batches)
     assert type(parts) is type(whole)
-    for field in fields(whole):
-        torch.testing.assert_close(getattr(parts, field.name), getattr(whole, field.name), rtol=0, atol=1e-5)
+    assert_same(parts, whole)
 
 
 def test_what_is_absent_stays_absent(model, examples):
