@@ -71,6 +71,7 @@ def _show_plans(runs: "Sequence[Run]", gpu: str | None) -> None:
     """Print what every stage takes on a card of size `gpu`, or on this machine."""
     from rich.console import Console
 
+    from dpo.losses import MovesReference
     from dpo.model.base import choose_device
     from dpo.model.memory import Card, plan_memory
     from dpo.settings import PREVIOUS
@@ -81,8 +82,10 @@ def _show_plans(runs: "Sequence[Run]", gpu: str | None) -> None:
         continues = run.model.adapter == PREVIOUS  # with an adapter of the shape that the stage before trains
         shape = {"adapter": config.adapter, "lora": config.lora} if continues else {}
         config = run.model.model_copy(update=shape)
-        planned = plan_memory(config, run.optimiser.name, card, continues and config.reference == "start")
-        view = run.objective.build().view
+        objective = run.objective.build()
+        frozen, moving = continues and config.reference == "start", isinstance(objective, MovesReference)
+        planned = plan_memory(config, run.optimiser.name, card, frozen, moving)
+        view = objective.view
         longest = run.data.max_length * (2 if view == "pairs" else 1)
         limit = run.loop.per_device_max_tokens
         at_once = run.loop.per_device_train_batch_size if limit is None else max(1, limit // longest)
@@ -124,6 +127,43 @@ def data_check(
         except ValidationError as error:
             raise ConfigError(explained(error, DataConfig)) from error
         Console().print(check(config).report)
+
+
+@app.command(epilog="Example: dpo objectives kto")
+def objectives(
+    name: Annotated[
+        str | None, typer.Argument(metavar="[NAME]", help="One of them, or package.module:Class of your own.")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """List the objectives: what each one reads and does. With a NAME: its formula, paper and hyper-parameters."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from dpo import losses
+    from dpo.losses.describe import describe
+    from dpo.run import speaking
+    from dpo.settings import written
+
+    console = Console()
+    with speaking(debug):
+        if name is None:
+            table = Table("name", "view", "reference", "what it does")
+            for one in map(describe, losses.names()):
+                table.add_row(one.name, one.view, "yes" if one.needs_reference else "no", Text(one.summary))
+            console.print(table)
+            print("One of them in full: dpo objectives NAME. To train with it: dpo train NAME data.train=FILE.")
+            return
+        one = describe(name)
+        reference = "needs a reference" if one.needs_reference else "needs no reference"
+        console.print(Text(f"{one.name}: {one.summary}\n\n{one.text}\n\nReads {one.view}, {reference}."))
+        if one.parameters:
+            table = Table("hyper-parameter", "default", "meaning")
+            for parameter in one.parameters:
+                default = "required" if parameter.required else written(parameter.default)
+                table.add_row(f"objective.{parameter.name}", Text(default), Text(parameter.text))
+            console.print(table)
 
 
 @app.command(epilog="Example: dpo quickstart --fast")

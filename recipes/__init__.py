@@ -1,7 +1,8 @@
 """Ready runs as typed Python functions: they choose, they never compute.
 
 A recipe is a module of this package that holds a function of the same name: it maps the dataset to the runs to carry
-out, in order. `dpo train NAME data.train=FILE` carries it out, and so does the file itself run as a script.
+out, in order. `dpo train NAME data.train=FILE` carries it out, and so does the file itself run as a script. The package
+`reproductions` beside them is no recipe: it redoes published results in miniature.
 """
 
 if __name__ != "dpo.recipes":
@@ -16,7 +17,7 @@ from dpo.settings import Recipe
 
 def names() -> tuple[str, ...]:
     """Return the names of all recipes, sorted."""
-    return tuple(sorted(module.name for module in pkgutil.iter_modules(__path__)))
+    return tuple(sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.ispkg))
 
 
 def find(name: str) -> Recipe:

@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
+from dpo import losses
 from dpo.cli import app
 
-COMMANDS = [[], ["train"], ["evaluate"], ["data"], ["data", "check"], ["quickstart"]]
+COMMANDS = [[], ["train"], ["evaluate"], ["data"], ["data", "check"], ["objectives"], ["quickstart"]]
 
 
 def dpo(*arguments: str) -> Result:
@@ -55,6 +56,34 @@ def test_alone_it_shows_its_help(command: list[str]) -> None:
     assert "Example: dpo" in done.output
 
 
+# --- objectives ---
+
+
+def test_objectives_are_listed_with_view_reference_and_one_line() -> None:
+    shown = dpo("objectives").stdout
+    for name in losses.names():
+        (row,) = [line for line in shown.splitlines() if line.split("│")[1:2] == [f" {name:<15} "]]
+        cells = [cell.strip() for cell in row.split("│")]
+        objective = losses.find(name)()
+        assert cells[2:4] == [objective.view, "yes" if objective.needs_reference else "no"]
+        assert cells[4] in " ".join((losses.find(name).__doc__ or "").split())
+
+
+def test_one_objective_is_shown_with_formula_paper_and_hyper_parameters() -> None:
+    shown = " ".join(dpo("objectives", "ipo").stdout.replace("│", " ").split())
+    for part in ("ipo: Regression of the log-ratio gap", "p (h - t)²", "Paper: arXiv:2310.12036, eq. 17.", "Differs: "):
+        assert part in shown
+    assert "Reads pairs, needs a reference." in shown
+    assert "objective.tau 0.1 Strength of the pull" in shown
+    assert "objective.reduction 'mean'" in shown
+
+
+def test_an_unknown_objective_is_refused_with_the_nearest_one() -> None:
+    done = dpo("objectives", "ippo")
+    assert done.exit_code == 2
+    assert "Did you mean 'ipo'?" in done.stderr
+
+
 # --- faults ---
 
 BAD_ROWS = {
@@ -84,7 +113,7 @@ BAD_ROWS = {
         (["train", "dpo", "model.name=./nowhere"], ["model.name='./nowhere'"]),
         (["train", "dpo", "model.adapter=folder"], ["model.adapter='folder'", "adapter_model.safetensors"]),
         (["train", "dpo", "nonsense"], ["'nonsense': expected key=value"]),
-        (["train", "dop"], ["'dop' is neither a recipe", "'dpo'"]),
+        (["train", "ippo"], ["'ippo' is neither a recipe", "'ipo'"]),
         (["train", "nowhere.yaml"], ["nowhere.yaml: cannot be read"]),
         (["train", "bad.yaml"], ["bad.yaml: not YAML"]),
         (["evaluate", "folder"], ["folder: holds no finished run"]),

@@ -279,6 +279,27 @@ def test_full_weights_train_and_are_measured_again(run: RunRecipe) -> None:
 # --- measures ---
 
 
+@pytest.mark.parametrize("recipe", ["aot", "bco", "mpo", "trdpo", "wpo"])
+def test_evaluating_needs_nothing_that_training_alone_had(run: RunRecipe, recipe: str) -> None:
+    (result,) = run(recipe, "optimiser.learning_rate=1e-2")
+    assert evaluate_run(result.folder, {}).summary["measures"] == result.summary["measures"]
+    assert ("mean_log_ratio" in result.summary) == (recipe in ("bco", "mpo"))
+
+
+def test_soft_labels_are_refused_before_training_by_what_cannot_honour_them(run: RunRecipe) -> None:
+    rows = [json.loads(line) for line in Path("pairs.jsonl").read_text().splitlines()]
+    rows[4]["agreement"] = 0.75
+    Path("pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    parts = "objective.parts=[{weight: 1, name: aot}, {weight: 1, name: sft}]"
+    for recipe, given in (("aot", ()), ("mpo", (parts,))):
+        with pytest.raises(
+            DataError, match=r"pairs\.jsonl:5: agreement 0\.75, expected 1: (AOT|Mixture) takes certain"
+        ):
+            run(recipe, *given)
+        assert not Path("runs").exists()
+    run("dpo")
+
+
 def test_evaluating_gives_the_numbers_of_the_training_again(run: RunRecipe, caplog: pytest.LogCaptureFixture) -> None:
     (result,) = run("dpo", "optimiser.learning_rate=1e-2")
     before = tree(result.folder)

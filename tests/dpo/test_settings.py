@@ -9,10 +9,13 @@ import yaml
 from dpo import recipes
 from dpo.data import DataConfig
 from dpo.errors import ConfigError
+from dpo.losses import Part
 from dpo.losses.dpo import DPO
 from dpo.losses.ipo import IPO
+from dpo.losses.mixture import Mixture
+from dpo.losses.sft import SFT
 from dpo.model.base import LoRA, ModelConfig
-from dpo.settings import PREVIOUS, ObjectiveConfig, Run, plan, read_overrides, read_run
+from dpo.settings import PREVIOUS, ObjectiveConfig, Run, plan, read_overrides, read_run, written
 
 DATA = DataConfig.model_validate({"train": "pairs.jsonl"})
 RUN = Run(data=DATA)
@@ -85,6 +88,20 @@ def test_an_objective_keeps_its_parameters_until_its_name_is_given() -> None:
     assert both.objective.build() == IPO(tau=0.5)
 
 
+def test_a_mixture_is_written_and_read_again(tmp_path: Path) -> None:
+    parts = "[{weight: 1, name: ipo, tau: 1}, {weight: 0.2, name: sft}]"
+    (run,) = planned(one, f"objective={{name: mixture, parts: {parts}}}")
+    assert run.objective.build() == Mixture(parts=(Part(1.0, IPO(tau=1.0)), Part(0.2, SFT())))
+    (tmp_path / "run.yaml").write_text(run.to_yaml())
+    (again,) = read_run(tmp_path / "run.yaml", {})
+    assert again == run
+    (floats,) = planned(one, f"objective={{name: mixture, parts: {parts.replace('1,', '1.0,').replace('1}', '1.0}')}}}")
+    assert floats.digest() == run.digest() == again.digest()  # 1 and 1.0 are one setting
+    assert written(run.objective.build().parts) == (  # pyright: ignore[reportAttributeAccessIssue]
+        "[{weight: 1.0, name: ipo, tau: 1.0, reduction: mean}, {weight: 0.2, name: sft, reduction: mean}]"
+    )
+
+
 def test_a_stage_has_overrides_of_its_own() -> None:
     sft, dpo = planned(two, "optimiser.learning_rate=1e-5", "sft.optimiser.learning_rate=1e-3", "dpo.objective.beta=1")
     assert (sft.optimiser.learning_rate, dpo.optimiser.learning_rate) == (1e-3, 1e-5)
@@ -120,11 +137,35 @@ def test_stages_that_cannot_share_base_and_data_are_refused(arguments: list[str]
         ("model.lora.rank=4", r"unknown key 'model\.lora\.rank'"),
         ("beta=1", r"unknown key 'beta'\. Did you mean 'objective\.beta'\?"),
         ("data.max_lenght=5", r"unknown key 'data\.max_lenght'\. Did you mean 'data\.max_length'\?"),
-        ("objective=ippo", r"objective: 'ippo' is none of dpo, .*Did you mean 'ipo'\?"),
+        ("objective=ippo", r"objective: 'ippo' is none of aot, .*Did you mean 'ipo'\?"),
         ("objective=nowhere:Class", r"objective: 'nowhere:Class' cannot be imported"),
         ("objective.betta=1", r"objective\.betta: DPO has no such hyper-parameter, it has beta.* Did you mean 'beta'"),
         ("objective.beta=0", r"DPO\.beta must be > 0, got 0"),
-        ("objective.beta=abc", r"objective 'dpo': .*got 'abc'"),
+        ("objective.beta=true", r"objective\.beta: Input should be a valid number, got True"),
+        ("objective={name: mixture, parts: []}", r"objective\.parts: got \[\], expected a list of objectives with wei"),
+        ("objective={name: mixture, parts: sft}", r"objective\.parts: got 'sft', expected a list of objectives"),
+        ("objective={name: mixture, parts: [{name: dpo}]}", r"objective\.parts: got \[\{'name': 'dpo'\}\], expected a"),
+        (
+            "objective={name: mixture, parts: [{name: dpo, weight: 1, bta: 3}]}",
+            r"objective\.parts\[0\]\.bta: DPO has no such hyper-parameter.*Did you mean 'beta'\?",
+        ),
+        (
+            "objective={name: mixture, parts: [{name: dpo, weight: 1, 1: 3}]}",
+            r"objective\.parts\[0\]\.1: DPO has no such",
+        ),
+        (
+            "objective={name: mixture, parts: [{name: dpo, weight: true}]}",
+            r"objective\.parts\[0\]\.weight: Input should be a valid number, got True",
+        ),
+        (
+            "objective={name: mixture, parts: [{name: dpo, weight: 0}]}",
+            r"Mixture\.parts\[0\]\.weight must be a finite number > 0, got 0",
+        ),
+        (
+            "objective={name: mixture, parts: [{name: kto, weight: 1}]}",
+            r"Mixture\.parts\[0\]\.objective must read pairs or demonstrations",
+        ),
+        ("objective.beta=abc", r"objective\.beta: Input should be a valid number, got 'abc'"),
         ("optimiser.learning_rate=0", r"optimiser\.learning_rate: Input should be greater than 0, got 0"),
         ("optimiser.learning_rate=.inf", r"optimiser\.learning_rate: Input should be a finite number"),
         ("loop.seed=-1", r"loop\.seed: Input should be greater than or equal to 0, got -1"),

@@ -79,7 +79,7 @@ def test_a_new_objective_is_one_new_file(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_unknown_name_lists_the_known_and_the_nearest():
-    with pytest.raises(ConfigError, match=r"'idpo' is none of .*dpo, ipo, kto.*Did you mean '\wpo'\?.*package.module"):
+    with pytest.raises(ConfigError, match=r"'idpo' is none of aot, .*, wpo\. Did you mean '\w+po'\?.*package.module"):
         find("idpo")
 
 

@@ -1,0 +1,42 @@
+"""Anchored preference optimisation, for completions better than the model's own."""
+
+from dataclasses import dataclass
+from typing import final
+
+import torch
+
+from dpo.losses.objective import Number, PairObjective, require_number
+from dpo.losses.reduce import expected_loss, log_ratios, pair_output
+from dpo.types import LossOutput, PairLogps
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class APOZero(PairObjective):
+    """Raises the chosen completion and lowers the rejected one, each on its own, anchored at the reference.
+
+    loss = p [1 - σ(β r_w) + σ(β r_l)] + (1 - p) [1 - σ(β r_l) + σ(β r_w)] = 1 - (2p - 1) [σ(β r_w) - σ(β r_l)],
+    r = log π(y|x) - log π_ref(y|x),  p = P(w preferred). Where the policy equals the reference, the loss is 1.
+
+    Paper: arXiv:2408.06266, eq. 7.
+    Differs: the paper's labels are certain (p = 1), and some write the loss without the constant 1. Use it where the
+    chosen completions are better than what the model writes, `APODown` where they are worse.
+    """
+
+    beta: Number = 0.1
+    """Reward per nat (> 0): the pull on a completion fades from some 1 / β nats on, so larger keeps the policy closer
+    to the reference."""
+
+    needs_reference = True
+    paper = "arXiv:2408.06266, eq. 7"
+
+    def __post_init__(self) -> None:
+        require_number(self, "beta", above=0)
+
+    def __call__(self, logps: PairLogps) -> LossOutput:
+        """Map a batch of pairs to its loss; the rewards are β r."""
+        chosen, rejected = (self.beta * r for r in log_ratios(logps))
+        as_labelled = torch.sigmoid(-chosen) + torch.sigmoid(rejected)  # 1 - σ(v) = σ(-v), without the cancellation
+        reversed_label = torch.sigmoid(-rejected) + torch.sigmoid(chosen)
+        losses = expected_loss(logps, as_labelled, reversed_label)
+        return pair_output(logps, losses, torch.stack([chosen, rejected], dim=1))
