@@ -1,71 +1,23 @@
-"""What the objectives converge to, exactly: a softmax policy over a handful of answers, the whole population as batch.
+"""What DPO, IPO, KTO and SFT converge to: a softmax policy over a handful of answers, the population as the batch.
 
 Answers have one token, float64 throughout; the optimum is found by L-BFGS and compared with its closed form.
 """
 
 import math
-from collections.abc import Callable
 from itertools import pairwise
 
 import pytest
 import torch
 from torch import Tensor
 
-from dpo.losses import Objective
 from dpo.losses.dpo import DPO
 from dpo.losses.ipo import IPO
 from dpo.losses.kto import KTO
 from dpo.losses.sft import SFT
-from dpo.types import JudgementLogps, LossInput, PairLogps
+from dpo.recipes.reproductions.tabular import bradley_terry, column, gibbs, minimise, pairs, random_problem
+from dpo.types import JudgementLogps, PairLogps
 
 ANSWERS = 5
-
-
-def column(values) -> Tensor:
-    return torch.as_tensor(values, dtype=torch.float64)
-
-
-def random_problem(seed: int) -> tuple[Tensor, Tensor]:
-    """The reference's log-probs and the true rewards of the answers, each (answers,)."""
-    generator = torch.Generator().manual_seed(seed)
-    logits, rewards = torch.randn(2, ANSWERS, generator=generator, dtype=torch.float64)
-    return logits.log_softmax(0), rewards
-
-
-def pairs(
-    policy: Tensor, reference: Tensor, better: list[int], worse: list[int], preference: Tensor, weight: Tensor
-) -> PairLogps:
-    ones = torch.ones(len(better))
-    return PairLogps(policy[better], policy[worse], reference[better], reference[worse], ones, ones, preference, weight)
-
-
-def bradley_terry(rewards: Tensor, chosen_pairs: list[tuple[int, int]]) -> tuple[list[int], list[int], Tensor]:
-    """Turn each pair so that the likelier winner comes first; its probability is σ of the reward gap."""
-    turned = [(i, j) if rewards[i] >= rewards[j] else (j, i) for i, j in chosen_pairs]
-    better, worse = [i for i, _ in turned], [j for _, j in turned]
-    return better, worse, torch.sigmoid(rewards[better] - rewards[worse])
-
-
-def minimise(objective: Objective, record: Callable[[Tensor], LossInput], start: Tensor) -> Tensor:
-    """Return the log-probs (answers,) of the policy that minimises the objective."""
-    logits = start.clone().requires_grad_()
-    optimiser = torch.optim.LBFGS(
-        [logits], max_iter=2000, tolerance_grad=1e-13, tolerance_change=1e-18, line_search_fn="strong_wolfe"
-    )
-
-    def closure() -> Tensor:
-        optimiser.zero_grad()
-        loss = objective(record(logits.log_softmax(0))).loss
-        loss.backward()
-        return loss
-
-    optimiser.step(closure)
-    assert logits.grad is not None
-    closure()
-    assert logits.grad.abs().max() < 1e-8, "the optimiser did not converge"
-    return logits.detach().log_softmax(0)
-
-
 ALL_PAIRS = [(i, j) for i in range(ANSWERS) for j in range(i)]
 CHAIN = [(i, i + 1) for i in range(ANSWERS - 1)]
 
@@ -80,17 +32,17 @@ def test_dpo_reaches_the_kl_regularised_optimum(beta: float, compared: str):
         weight = 0.1 + torch.rand(len(better), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
     def record(policy: Tensor) -> PairLogps:
-        return pairs(policy, reference, better, worse, preference, weight)
+        return pairs(policy, reference, better, worse, preference=preference, weight=weight)
 
     optimum = minimise(DPO(beta=beta), record, reference)
     # argmax E[r] - beta KL(pi || pi_ref) is pi_ref exp(r / beta) / Z, whichever pairs were compared.
-    torch.testing.assert_close(optimum, (reference + rewards / beta).log_softmax(0), rtol=0, atol=1e-6)
+    torch.testing.assert_close(optimum, gibbs(reference, rewards, beta), rtol=0, atol=1e-6)
 
 
 def two_answers(policy: Tensor) -> PairLogps:
     """Answer 0 is preferred to answer 1 for certain; the reference is uniform."""
     uniform = torch.full((2,), -math.log(2), dtype=torch.float64)
-    return pairs(policy, uniform, [0], [1], column([1.0]), column([1.0]))
+    return pairs(policy, uniform, [0], [1])
 
 
 @pytest.mark.parametrize("tau", [0.1, 0.5, 2.0])
@@ -118,7 +70,7 @@ def test_ipo_on_three_totally_ordered_answers():
     tau, reference = 0.7, column([0.5, 0.2, 0.3]).log()
 
     def record(policy: Tensor) -> PairLogps:
-        return pairs(policy, reference, [0, 0, 1], [1, 2, 2], column([1.0] * 3), column([1.0] * 3))
+        return pairs(policy, reference, [0, 0, 1], [1, 2, 2])
 
     optimum = minimise(IPO(tau=tau, reduction="sum"), record, reference)
     step = 2 / 3 / (2 * tau)
@@ -128,7 +80,7 @@ def test_ipo_on_three_totally_ordered_answers():
 def test_ipo_with_soft_labels_regresses_on_the_expected_margin():
     # p (h - t)^2 + (1 - p) (h + t)^2 is least at h = (2p - 1) / (2 tau).
     def record(policy: Tensor) -> PairLogps:
-        return pairs(policy, column([0.25, 0.75]).log(), [0], [1], column([0.8]), column([1.0]))
+        return pairs(policy, column([0.25, 0.75]).log(), [0], [1], preference=column([0.8]))
 
     optimum = minimise(IPO(tau=0.5, reduction="sum"), record, torch.zeros(2, dtype=torch.float64))
     assert (optimum[0] - optimum[1] - math.log(1 / 3)).item() == pytest.approx(0.6, abs=1e-9)
