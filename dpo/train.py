@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from dpo import checkpoint
 from dpo.batches import Division, Plan, within_memory
 from dpo.data import Example
-from dpo.errors import TrainingError
+from dpo.errors import DPOError, TrainingError
 from dpo.losses import MovesReference, Objective
 from dpo.metrics import Ledger
 from dpo.model.base import Base, LanguageModel, Role
@@ -42,7 +42,7 @@ from dpo.model.views import (
     with_policy_logps,
 )
 from dpo.sinks import Sink
-from dpo.types import LossInput, LossOutput
+from dpo.types import LossInput, LossOutput, PairLogps
 
 log = logging.getLogger("dpo")
 
@@ -362,7 +362,7 @@ class _Run:
         for indices in micro_batches:
             share = len(indices) / len(batch)  # every example weighs the same, whatever its micro-batch
             records.append(self._view(batch, indices))
-            out = self.objective(replace(records[-1], **whole))
+            out = self._lose(replace(records[-1], **whole))
             self.accelerator.backward(out.loss * share)
             loss += share * out.loss.item()
         return loss, replace(concatenate(records, micro_batches), **whole)
@@ -381,7 +381,7 @@ class _Run:
             records = [self._view(batch, indices) for indices in micro_batches]
         record = replace(concatenate(records, micro_batches), **whole)
         leaves = {name: one.clone().requires_grad_() for name, one in policy_logps(record).items()}
-        out = self.objective(with_policy_logps(record, leaves))
+        out = self._lose(with_policy_logps(record, leaves))
         factors = dict(
             zip(leaves, torch.autograd.grad(out.loss, list(leaves.values()), allow_unused=True), strict=True)
         )
@@ -395,6 +395,34 @@ class _Run:
             ]
             self.accelerator.backward(torch.stack(parts).sum())
         return out.loss.item(), record
+
+    def _lose(self, record: LossInput) -> LossOutput:
+        """Call the objective, which may be a user's own.
+
+        Raises:
+            TrainingError: the call failed, or did not return a scalar and one loss an example.
+        """
+        from accelerate.utils.memory import should_reduce_batch_size
+
+        name = type(self.objective).__name__
+        try:
+            out = self.objective(record)
+        except DPOError:
+            raise
+        except Exception as error:
+            if should_reduce_batch_size(error):
+                raise
+            raise TrainingError(
+                f"objective {name}: its call failed with {type(error).__name__}: {error}. Mend it; "
+                f"dpo.losses.testing.check({name}()) says more, and --debug shows where."
+            ) from error
+        size = len(record.chosen_length if isinstance(record, PairLogps) else record.length)
+        if (got := (tuple(out.loss.shape), tuple(out.losses.shape))) != ((), (size,)):
+            raise TrainingError(
+                f"objective {name}: got loss and losses of shapes {got[0]} and {got[1]}, expected () and ({size},): "
+                f"one loss an example, and their mean. dpo.losses.testing.check({name}()) says more."
+            )
+        return out
 
     def _view(self, batch: Sequence[Example], indices: Sequence[int]) -> Any:
         return view(self.model, self._compared, self.objective, [batch[n] for n in indices])

@@ -17,7 +17,7 @@ class APODown(PairObjective):
 
     loss = p [σ(β r_w) + 1 - σ(z)] + (1 - p) [σ(β r_l) + 1 - σ(-z)],  z = β (r_w - r_l),
     r = log π(y|x) - log π_ref(y|x),  p = P(w preferred). Where the policy equals the reference, the loss is 1; there
-    a certain label does not move the chosen completion, and once the rejected one has fallen it lowers it too.
+    a certain label does not move the chosen completion, which falls as well once the rejected one has fallen.
 
     Paper: arXiv:2408.06266, eq. 8.
     Differs: the paper's labels are certain (p = 1), and some write the loss without the constant 1. Use it where the

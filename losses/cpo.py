@@ -28,7 +28,7 @@ class CPO(PairObjective):
     beta: Number = 0.1
     """Reward per nat of log-prob (> 0): larger saturates at a smaller gap."""
     alpha: Number = 1.0
-    """Weight of the imitation, per nat a token (>= 0): larger keeps the chosen completion's likelihood higher."""
+    """Weight of the imitation of the chosen completion (>= 0): larger keeps its likelihood higher."""
 
     needs_reference = False
     paper = "arXiv:2401.08417, section 3"

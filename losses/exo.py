@@ -14,7 +14,7 @@ from dpo.types import LossOutput, PairLogps
 @final
 @dataclass(frozen=True, kw_only=True)
 class EXO(PairObjective):
-    """The reverse KL divergence from the policy's preference to the label's: mode-seeking where DPO covers the mean.
+    """The reverse KL divergence from the policy's preference to the label's: mode-seeking where DPO is mean-seeking.
 
     loss = KL(p_θ || p_h) = σ(z) [log σ(z) - log q] + σ(-z) [log σ(-z) - log(1 - q)],  p_θ = (σ(z), σ(-z)),
     p_h = (q, 1 - q),  q = p (1 - ε) + (1 - p) ε,  z = β (r_w - r_l),  r = log π(y|x) - log π_ref(y|x),

@@ -24,7 +24,7 @@ class KTO(JudgementObjective):
 
     Paper: arXiv:2402.01306, section 4.
     Differs: β multiplies r - z once, where the first version writes it into r and z; the two are equal. z is the mean
-    over the whole optimiser step, not over the micro-batch at hand; 4 examples or more.
+    over the whole optimiser step, not over the micro-batch at hand; a step should hold 4 examples or more.
     """
 
     beta: Number = 0.1

@@ -18,8 +18,8 @@ class NCA(PairObjective):
 
     loss = -p log σ(β r_w) - (1 - p) log σ(β r_l) - ½ log σ(-β r_w) - ½ log σ(-β r_l),
     r = log π(y|x) - log π_ref(y|x),  p = P(w preferred).
-    Least at β r_w = ln 2p and β r_l = ln 2(1 - p): a certain label raises the chosen completion to twice its reference
-    probability at β = 1, and no further. Where the policy equals the reference, the loss is 2 ln 2.
+    Least at β r_w = ln(2p) and β r_l = ln(2 (1 - p)): a certain label raises the chosen completion to twice its
+    reference probability at β = 1, and no further. Where the policy equals the reference, the loss is 2 ln 2.
 
     Paper: arXiv:2402.05369, section 4.1.
     Differs: this is the paper's loss over K responses at K = 2, with (p, 1 - p) for the softmax of the two scores; its

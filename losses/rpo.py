@@ -29,7 +29,7 @@ class RPO(PairObjective):
     beta: Number = 0.1
     """Strength of the pull to the reference, in reward per nat (> 0): larger keeps the policy closer to it."""
     alpha: Number = 1.0
-    """What a nat per token of the preferred completion's likelihood costs (>= 0; 0 is DPO): larger imitates more."""
+    """Weight of the imitation of the preferred completion (>= 0; 0 is DPO): larger keeps its likelihood higher."""
 
     needs_reference = True
     paper = "arXiv:2404.19733, eq. 1"

@@ -11,6 +11,7 @@ if __name__ != "dpo.recipes":
 import pkgutil
 from importlib import import_module
 
+from dpo import losses
 from dpo.errors import ConfigError, nearest
 from dpo.settings import Recipe
 
@@ -27,6 +28,11 @@ def find(name: str) -> Recipe:
         ConfigError: there is none; the message holds the nearest one.
     """
     known = names()
+    if name in losses.names() and name not in known:
+        raise ConfigError(
+            f"{name!r} is an objective without a recipe of its own. Give it to another recipe: "
+            f"dpo train dpo objective.name={name}."
+        )
     if name not in known:
         raise ConfigError(
             f"{name!r} is neither a recipe ({', '.join(known)}) nor a file.{nearest(name, known)} "

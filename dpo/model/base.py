@@ -305,6 +305,7 @@ class LanguageModel:
         model._switch("policy")
         if moving:
             model.follow(1.0)
+            model.reference_is += " (in evaluation; in training one that starts as the policy and follows it)"
         return model
 
     @property

@@ -73,6 +73,9 @@ def test_recipes_choose_what_they_say() -> None:
 def test_an_unknown_recipe_is_refused_with_the_nearest_one() -> None:
     with pytest.raises(ConfigError, match=r"'sft_dop' is neither a recipe .* nor a file\. Did you mean 'sft_dpo'\?"):
         recipes.find("sft_dop")
+    for name in ("sft", "mixture"):
+        with pytest.raises(ConfigError, match=rf"'{name}' is an objective without a recipe.*objective\.name={name}"):
+            recipes.find(name)
 
 
 QUICK = ("aot", "bco", "dpo", "ipo", "kto", "mpo", "sft_dpo", "simpo", "trdpo", "wpo")

@@ -458,6 +458,7 @@ class TestMovingReference:
     def test_it_starts_as_the_policy_and_follows_when_told(self, model, perturb):
         begin = logits(model, "policy")
         assert torch.equal(moving(model), begin)
+        assert model.reference_is.endswith("in training one that starts as the policy and follows it)")
         perturb(model)
         assert torch.equal(moving(model), begin)
         assert torch.equal(logits(model, "reference"), begin)
