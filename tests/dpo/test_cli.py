@@ -75,7 +75,7 @@ def test_one_objective_is_shown_with_formula_paper_and_hyper_parameters() -> Non
         assert part in shown
     assert "Reads pairs, needs a reference." in shown
     assert "objective.tau 0.1 Strength of the pull" in shown
-    assert "objective.reduction 'mean'" in shown
+    assert "objective.reduction mean Compare" in shown
 
 
 def test_an_unknown_objective_is_refused_with_the_nearest_one() -> None:

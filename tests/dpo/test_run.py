@@ -200,7 +200,7 @@ def test_checkpointing_is_turned_on_where_memory_needs_it(
     asked: list[int] = []
     seen: list[bool] = []
 
-    def must(base: Any, config: ModelConfig, optimiser: str, tokens: int) -> bool:
+    def must(base: Any, config: ModelConfig, optimiser: str, tokens: int, moving: bool) -> bool:
         asked.append(tokens)
         return needed
 
