@@ -89,6 +89,45 @@ def _preference_metrics(prefix: str, examples: str) -> tuple[Metric, ...]:
     )
 
 
+def _rollout_metrics() -> tuple[Metric, ...]:
+    """What a rollout is watched by; each in the row of the first optimiser step on it."""
+    return (
+        Metric(
+            "rollout/score",
+            "reward",
+            "Mean over the rollout of the reward of a completion, penalties included, the KL left out.",
+            better="higher",
+        ),
+        Metric("rollout/score_std", "reward", "Standard deviation of that reward over the rollout."),
+        Metric(
+            "rollout/gold_reward",
+            "task's own",
+            "Mean over the rollout of the known true reward, where one is given: it falls while the score rises when "
+            "the policy exploits its reward model.",
+            better="higher",
+        ),
+        Metric(
+            "rollout/disagreement",
+            "reward",
+            "Mean over the rollout of the standard deviation between the members of a reward ensemble.",
+        ),
+        Metric("rollout/kl_coefficient", "reward a nat", "Weight of the KL to the reference in this rollout."),
+        Metric("rollout/length", "tokens", "Mean length of the sampled completions."),
+        Metric("rollout/entropy", "nats a token", "Mean entropy of the policy's distribution over the sampled tokens."),
+        Metric("rollout/finished", "share, 0 to 1", "Share of completions that the policy ended itself."),
+        Metric(
+            "rollout/repetition",
+            "share, 0 to 1",
+            "Mean over the rollout of the share of a completion's word trigrams that repeat an earlier one.",
+        ),
+        Metric(
+            "rollout/updates",
+            "optimiser steps",
+            "Updates that the previous rollout was used for: fewer than planned where the policy had moved too far.",
+        ),
+    )
+
+
 def _index(metrics: Iterable[Metric]) -> Mapping[str, Metric]:
     by_name: dict[str, Metric] = {}
     for metric in metrics:
@@ -128,6 +167,39 @@ METRICS: Mapping[str, Metric] = _index(
             "k1: mean over completions sampled from the policy (temperature 1, no truncation) of the summed log-ratio "
             "log policy - log reference; unbiased for KL(policy || reference), and a sample of it may be negative.",
         ),
+        Metric(
+            "policy/loss", "reward", "Mean over the step's tokens of the clipped policy-gradient loss.", better="lower"
+        ),
+        Metric(
+            "policy/approx_kl",
+            "nats a token",
+            "k3: mean over the step's tokens of q/p - 1 - log(q/p), where p wrote them (the policy at sampling) and "
+            "q is the policy now; not below 0.",
+        ),
+        Metric(
+            "policy/clip_fraction",
+            "share, 0 to 1",
+            "Share of the step's tokens (RLOO: completions) whose probability ratio lies outside the clipping range.",
+        ),
+        Metric(
+            "value/loss",
+            "reward squared",
+            "Mean over the step's tokens of half the squared difference of value and target, clipped as in the loss.",
+            better="lower",
+        ),
+        Metric(
+            "value/clip_fraction",
+            "share, 0 to 1",
+            "Share of the step's tokens whose value moved further than the clipping range from that at sampling.",
+        ),
+        Metric(
+            "value/explained_variance",
+            "share, at most 1",
+            "1 - Var(target - value) / Var(target) over the step's tokens; 0 where the value explains nothing.",
+            better="higher",
+        ),
+        Metric("ptx/loss", "nats a token", "Mean over the step's demonstrations of the negative log-prob a token."),
+        *_rollout_metrics(),
         Metric(
             "eval/loss",
             "objective's own",

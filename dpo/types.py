@@ -1,15 +1,15 @@
 """The typed records that pass between the rooms of the house.
 
-An objective reads one of the input records (`PairLogps`, `JudgementLogps`) and returns a `LossOutput`; it sees
-nothing else. Log-probs are natural logarithms (nats), summed over completion tokens: prompt and padding excluded,
-the end-of-sequence token counted once. They are float32 or wider, because a sum near -3000 in bfloat16 has a
-spacing of 16 nats.
+An objective reads one of the input records (`PairLogps`, `JudgementLogps`, `RankingScores`, `Rollout`) and returns a
+`LossOutput`; it sees nothing else. Log-probs are natural logarithms (nats), summed over completion tokens: prompt and
+padding excluded, the end-of-sequence token counted once. They are float32 or wider, because a sum near -3000 in
+bfloat16 has a spacing of 16 nats.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from jaxtyping import Bool, Float, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 
@@ -72,7 +72,65 @@ class JudgementLogps:
     """As in `PairLogps`."""
 
 
-LossInput = PairLogps | JudgementLogps
+@dataclass(frozen=True)
+class RankingScores:
+    """Scalar scores of completions that people ranked, flat over completions; a prompt with its K completions is one
+    example, and a pair is a ranking of two."""
+
+    scores: Float[Tensor, " completions"]
+    """What a reward model says of each completion; higher is better."""
+    rank: Int[Tensor, " completions"]
+    """Place among the completions of its prompt, from 0 for the best; equal places are ties."""
+    prompt_index: Int[Tensor, " completions"]
+    """Which example a completion belongs to, 0 to prompts - 1, never decreasing."""
+    margin: Float[Tensor, " completions"] | None = None
+    """How people rated each completion, on the scale of the data: the differences say by how much one is better.
+    None where they only ranked them."""
+    preference: Float[Tensor, " prompts"] | None = None
+    """P(the better completion of a comparison is preferred), 0.5 to 1; None is 1."""
+    weight: Float[Tensor, " prompts"] | None = None
+    """Multiplies an example's loss; None is 1."""
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Completions that the policy sampled, one a row, and what is known of their tokens; padded on the right.
+
+    All log-probs are those at the temperature of sampling. Values outside `completion_mask` are 0.
+    """
+
+    policy: Float[Tensor, "batch tokens"]
+    """Log-probs by the policy as it is now, in nats; the gradient's way in."""
+    sampler: Float[Tensor, "batch tokens"]
+    """Log-probs by the policy as it was when it wrote them; a constant."""
+    completion_mask: Bool[Tensor, "batch tokens"]
+    """True = sampled token, the end token included where the policy wrote it."""
+    score: Float[Tensor, " batch"]
+    """Reward of the whole completion, penalties included; a constant."""
+    prompt_index: Int[Tensor, " batch"]
+    """Completions of one prompt have the same number."""
+    reference: Float[Tensor, "batch tokens"] | None = None
+    """Log-probs by the reference; None for objectives that need none."""
+    value: Float[Tensor, "batch tokens"] | None = None
+    """What the value role, as it is now, expects of the return before each token is written; carries a gradient. None
+    for objectives without that role."""
+    sampler_value: Float[Tensor, "batch tokens"] | None = None
+    """The same, as it was when the completions were sampled; a constant."""
+    advantage: Float[Tensor, "batch tokens"] | None = None
+    """How much better each token did than was expected: what `RolloutObjective.credit` finds; a constant."""
+    value_target: Float[Tensor, "batch tokens"] | None = None
+    """What `value` is fitted to, likewise."""
+    tokens_per_completion: Float[Tensor, ""] | None = None
+    """Mean length of the completions of the whole optimiser step, of which this record may be one micro-batch: means
+    over tokens divide by it. None: that of this record."""
+    demonstration: Float[Tensor, " batch"] | None = None
+    """Log-prob, summed over its tokens, of a demonstration that goes with each row; carries a gradient. None for
+    objectives that do not ask for them."""
+    demonstration_length: Shaped[Tensor, " batch"] | None = None
+    """Its completion tokens, EOS included (>= 1)."""
+
+
+LossInput = PairLogps | JudgementLogps | RankingScores | Rollout
 
 
 @dataclass(frozen=True)
@@ -84,7 +142,7 @@ class LossOutput:
     losses: Float[Tensor, " batch"]
     """Per example, in input order, with the example's weight applied."""
     rewards: Float[Tensor, "..."]
-    """The implicit rewards the loss compares, detached: (batch, 2) chosen and rejected for pairs, (batch,) for
-    judgements."""
+    """The rewards the loss compares, detached: (batch, 2) implicit ones of chosen and rejected for pairs, (batch,)
+    for judgements, (completions,) scores for rankings, (batch,) scores for rollouts."""
     metrics: Mapping[str, Float[Tensor, ""]] = field(default_factory=dict)
     """Detached scalars; every name is defined in `dpo.metrics`."""

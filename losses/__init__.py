@@ -17,21 +17,27 @@ from typing import Any, TypeGuard
 
 from dpo.errors import ConfigError, nearest
 from dpo.losses.objective import (
+    AdaptsKL,
     DemonstrationObjective,
     JudgementObjective,
     MovesReference,
     Objective,
     PairObjective,
     Part,
+    RankingObjective,
+    RolloutObjective,
 )
 
 __all__ = [
+    "AdaptsKL",
     "DemonstrationObjective",
     "JudgementObjective",
     "MovesReference",
     "Objective",
     "PairObjective",
     "Part",
+    "RankingObjective",
+    "RolloutObjective",
     "find",
     "name_of",
     "names",

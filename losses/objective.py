@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeAlias, final
 
-from dpo.types import JudgementLogps, LossOutput, PairLogps
+from dpo.types import JudgementLogps, LossOutput, PairLogps, RankingScores, Rollout
 
-View: TypeAlias = Literal["pairs", "judgements", "demonstrations"]
+View: TypeAlias = Literal["pairs", "judgements", "demonstrations", "comparisons", "rankings", "rollouts"]
 Number: TypeAlias = int | float
 """A hyper-parameter's type: to type checkers `float` already means both, to checks at run time it does not."""
 
@@ -32,6 +32,10 @@ class Objective(ABC):
     batch_coupled: bool = False
     """Whether an example's loss depends on the other examples of its optimiser step, beyond the fields that the record
     holds for the whole step. Gradient accumulation then takes a second forward pass to stay exact."""
+    needs_values: bool = False
+    """Whether it trains a value role beside the policy: the record's `value`."""
+    needs_demonstrations: bool = False
+    """Whether it reads the log-probs of demonstrations beside sampled completions."""
     needs_certain_labels: bool = False
     """Whether it has no reading of a soft label: any preference other than 1 is refused before training."""
     pulls_at_reference: bool = True
@@ -72,6 +76,44 @@ class DemonstrationObjective(Objective):
     @abstractmethod
     def __call__(self, logps: JudgementLogps) -> LossOutput:
         """Map a batch of demonstrations to its loss."""
+
+
+class RankingObjective(Objective):
+    """An objective of a reward model: it compares the scores of one prompt's completions.
+
+    Its `view` is "comparisons", where each pair is an example, or "rankings", where each prompt is one with all its
+    completions. It trains the reward role and needs no reference.
+    """
+
+    needs_reference = False
+
+    @abstractmethod
+    def __call__(self, scores: RankingScores) -> LossOutput:
+        """Map a batch of scored rankings to its loss."""
+
+
+class RolloutObjective(Objective):
+    """An objective over completions that the policy sampled itself."""
+
+    view = "rollouts"
+    kl_coefficient: Number
+    """Reward lost per nat of KL(policy || reference) (>= 0)."""
+
+    @abstractmethod
+    def credit(self, rollout: Rollout, kl_coefficient: float) -> Rollout:
+        """Return a whole rollout, before its first update, with `advantage` (and `value_target`) filled in."""
+
+    @abstractmethod
+    def __call__(self, rollout: Rollout) -> LossOutput:
+        """Map a batch of credited completions to its loss."""
+
+
+class AdaptsKL(ABC):
+    """What an objective also is whose KL coefficient follows the KL that it sees."""
+
+    @abstractmethod
+    def next_kl_coefficient(self, coefficient: float, kl: float, completions: int) -> float:
+        """Return the coefficient after a rollout of so many completions with mean `kl` to the reference, in nats."""
 
 
 class MovesReference(ABC):

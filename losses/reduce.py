@@ -5,10 +5,11 @@ from collections.abc import Mapping
 from typing import TypeVar
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
-from dpo.types import JudgementLogps, LossOutput, PairLogps
+from dpo.types import JudgementLogps, LossOutput, PairLogps, RankingScores, Rollout
 
 T = TypeVar("T")
 
@@ -70,8 +71,19 @@ def expected_loss(
     return logps.preference * as_labelled + (1 - logps.preference) * reversed_label
 
 
+def logistic_loss(logps: PairLogps, z: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
+    """Return each pair's -p log σ(z) - (1 - p) log σ(-z), p as in `expected_loss`; least at z = logit p."""
+    return expected_loss(logps, -logsigmoid(z), -logsigmoid(-z))
+
+
 def pair_output(logps: PairLogps, losses: Float[Tensor, " batch"], rewards: Float[Tensor, "batch 2"]) -> LossOutput:
-    """Weight and average the losses of pairs, and read the metrics off their rewards (chosen, rejected)."""
+    """Weight and average the losses of pairs, and read the metrics off their rewards (chosen, rejected).
+
+    A tie counts 1/2 in the accuracy, and no margin is too small to count. In the first step, policy and reference
+    differ by rounding (and dropout) alone; its sign is as often right as wrong, so that the accuracy scatters around
+    1/2, with deviation 1 / (2 sqrt(pairs)). No threshold could tell such margins from real ones: they reach from 1e-8
+    in float32 to 1e-2 in bfloat16, where those of trained policies begin.
+    """
     rewards = rewards.detach()
     margin = rewards[:, 0] - rewards[:, 1]
     metrics = _side("chosen", rewards[:, 0], logps.policy_chosen, logps.chosen_length)
@@ -110,6 +122,65 @@ def demonstration_output(
     found = _side("chosen", rewards, logps.policy, logps.length)
     del found["reward/chosen"]
     return _output(losses, logps.weight, rewards.detach(), found)
+
+
+def ranking_output(scores: RankingScores, losses: Float[Tensor, " prompts"]) -> LossOutput:
+    """Weight and average the losses of rankings, and read the metrics off the scores.
+
+    "chosen" is each prompt's best completion, "rejected" its worst; ties at either end are averaged. The accuracy is
+    over all comparisons of unequal rank, a tie of scores counting 1/2, and each prompt weighs the same.
+    """
+    rewards = scores.scores.detach()
+    members = scores.prompt_index == torch.arange(len(losses), device=rewards.device).unsqueeze(1)
+    rank = scores.rank.expand_as(members)
+    best = members & (rank == rank.masked_fill(~members, len(rewards)).amin(1, keepdim=True))
+    worst = members & (rank == rank.masked_fill(~members, -1).amax(1, keepdim=True))
+    chosen, rejected = ((rewards * side).sum(1) / side.sum(1) for side in (best, worst))
+    first, second = comparisons(scores)
+    right = ((rewards[first] - rewards[second]).sign() + 1) / 2
+    index = scores.prompt_index[first]
+    total, count = (right.new_zeros(len(losses)).index_add(0, index, one) for one in (right, torch.ones_like(right)))
+    compared = count > 0
+    metrics = {
+        "reward/chosen": chosen.mean(),
+        "reward/rejected": rejected.mean(),
+        "reward/margin": (chosen - rejected).mean(),
+        "reward/accuracy": (total[compared] / count[compared]).mean(),
+    }
+    return _output(losses, scores.weight, rewards, metrics)
+
+
+def comparisons(scores: RankingScores) -> tuple[Int[Tensor, " comparisons"], Int[Tensor, " comparisons"]]:
+    """Return, for every comparison within a prompt, the indices of the better completion and of the worse.
+
+    Completions of equal rank are not compared.
+    """
+    same = scores.prompt_index.unsqueeze(1) == scores.prompt_index
+    better, worse = (same & (scores.rank.unsqueeze(1) < scores.rank)).nonzero().unbind(1)
+    return better, worse
+
+
+def rollout_output(
+    rollout: Rollout, losses: Float[Tensor, " batch"], metrics: Mapping[str, Float[Tensor, ""]]
+) -> LossOutput:
+    """Average the losses of sampled completions; `metrics` are the objective's own, already detached."""
+    return _output(losses, None, rollout.score, metrics)
+
+
+def masked_mean(values: Float[Tensor, "batch tokens"], mask: Bool[Tensor, "batch tokens"]) -> Float[Tensor, ""]:
+    """Return the mean over the tokens where `mask` is True."""
+    return (values * mask).sum() / mask.sum()
+
+
+def token_mean(rollout: Rollout, values: Float[Tensor, "batch tokens"]) -> Float[Tensor, " batch"]:
+    """Return one number a completion whose mean over the optimiser step is the mean of `values` over its tokens."""
+    mask = rollout.completion_mask
+    length = (
+        mask.sum().to(values.dtype) / len(mask)
+        if rollout.tokens_per_completion is None
+        else rollout.tokens_per_completion
+    )
+    return (values * mask).sum(1) / length
 
 
 def _output(
