@@ -24,6 +24,10 @@ class ModelError(DPOError):
     """A model, adapter or tokenizer that cannot be loaded, or that cannot do what the run asks of it."""
 
 
+class RewardError(DPOError):
+    """A reward that fails, or that does not return one finite number for each answer; the message names the row."""
+
+
 class CheckpointError(DPOError):
     """A checkpoint that is damaged, or that belongs to another run."""
 

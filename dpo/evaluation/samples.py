@@ -1,21 +1,16 @@
 """What the policy says on its own: samples, their gold reward, and how far it moved from its reference."""
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from typing import final
 
 from torch import Tensor
 
-from dpo.errors import ConfigError, ModelError
 from dpo.evaluation.measures import Estimate, mean
 from dpo.model.base import LanguageModel, Role
 from dpo.model.rollout import Sample, sample
 from dpo.model.views import score
-
-Reward = Callable[[str, str], float]
-"""Maps (prompt, completion), both plain text, to a finite number; higher is better."""
+from dpo.rewards import TextReward, judge
 
 
 @final
@@ -46,7 +41,7 @@ def speak(
     prompts: Sequence[tuple[str, tuple[int, ...]]],
     *,
     role: Role,
-    gold: Reward | None,
+    gold: TextReward | None,
     per_prompt: int,
     max_new_tokens: int,
     seed: int,
@@ -54,7 +49,7 @@ def speak(
     """Sample `per_prompt` completions for every prompt (text and ids) at temperature 1 and measure them.
 
     Raises:
-        ModelError: where the gold reward fails or is not finite; names the prompt.
+        RewardError: where the gold reward fails or is not finite; names the prompt.
     """
     ids = [prompt for _, prompt in prompts for _ in range(per_prompt)]
     spoken = sample(
@@ -68,7 +63,8 @@ def speak(
         gold=None
         if gold is None
         else tuple(
-            _average([judge(gold, text, one.text) for one in row]) for (text, _), row in zip(prompts, rows, strict=True)
+            _average([judge(gold, text, one.text, "evaluation.gold") for one in row])
+            for (text, _), row in zip(prompts, rows, strict=True)
         ),
         kl=tuple(_average(ratios[i : i + per_prompt]) for i in range(0, len(ratios), per_prompt)),
         length=tuple(_average([len(one.completion) for one in row]) for row in rows),
@@ -88,43 +84,6 @@ def log_ratios(model: LanguageModel, samples: Sequence[Sample], batch_size: int 
         policy, reference = sums
         ratios += (policy - reference).tolist()
     return ratios
-
-
-def judge(reward: Reward, prompt: str, completion: str) -> float:
-    """Call a reward on one completion.
-
-    Raises:
-        ModelError: where it raises, or returns no finite number.
-    """
-    try:
-        value = float(reward(prompt, completion))
-    except Exception as error:
-        raise ModelError(
-            f"evaluation.gold failed on the prompt {prompt[:60]!r}: {type(error).__name__}: {error}. It is called with "
-            "(prompt, completion) as text and must return a number."
-        ) from error
-    if not math.isfinite(value):
-        raise ModelError(
-            f"evaluation.gold returned {value} on the prompt {prompt[:60]!r} and the completion {completion[:60]!r}, "
-            "expected a finite number."
-        )
-    return value
-
-
-def find_reward(name: str) -> Reward:
-    """Return the reward that `module:function` names.
-
-    Raises:
-        ConfigError: where it cannot be imported or called.
-    """
-    module, colon, function = name.partition(":")
-    try:
-        found = getattr(import_module(module), function) if colon else None
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"evaluation.gold={name!r}: {error}. Write package.module:function.") from error
-    if not callable(found):
-        raise ConfigError(f"evaluation.gold={name!r}: expected package.module:function, the name of a callable.")
-    return found  # pyright: ignore[reportReturnType]  (what it returns is checked at every call)
 
 
 def _average(values: Sequence[float]) -> float:

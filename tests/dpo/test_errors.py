@@ -2,11 +2,28 @@
 
 import pytest
 
-from dpo.errors import CheckpointError, ConfigError, DataError, DPOError, ModelError, TrainingError, nearest
+from dpo.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    DPOError,
+    ModelError,
+    RewardError,
+    TrainingError,
+    nearest,
+)
 
 
 @pytest.mark.parametrize(
-    ("kind", "code"), [(DataError, 1), (ModelError, 1), (ConfigError, 2), (CheckpointError, 3), (TrainingError, 4)]
+    ("kind", "code"),
+    [
+        (DataError, 1),
+        (ModelError, 1),
+        (RewardError, 1),
+        (ConfigError, 2),
+        (CheckpointError, 3),
+        (TrainingError, 4),
+    ],
 )
 def test_every_error_is_the_user_s_to_mend_and_has_an_exit_code(kind: type[DPOError], code: int) -> None:
     assert issubclass(kind, DPOError)

@@ -1,10 +1,10 @@
-"""What is measured on samples is what the words say; a broken reward is named."""
+"""What is measured on samples is what the words say; a broken gold reward is named."""
 
 import pytest
 import torch
 
-from dpo.errors import ConfigError, ModelError
-from dpo.evaluation.samples import find_reward, judge, log_ratios, speak
+from dpo.errors import RewardError
+from dpo.evaluation.samples import log_ratios, speak
 from dpo.model.rollout import sample
 
 PROMPTS = [("one", (5, 6, 7)), ("two", (12,)), ("three", (50, 51, 52, 53))]
@@ -100,45 +100,11 @@ class TestKL:
         assert ratios.mean().item() == pytest.approx(exact, abs=4 * error)
 
 
-class TestJudge:
-    def test_it_calls_with_prompt_and_completion(self):
-        assert judge(lambda prompt, completion: f"{prompt}.{completion}", "1", "5") == 1.5
-
-    def test_a_reward_that_fails(self):
-        def fails(prompt: str, completion: str) -> float:
-            raise KeyError("lexicon")
-
-        with pytest.raises(ModelError, match=r"on the prompt 'hello': KeyError: 'lexicon'.*\(prompt, completion\)"):
-            judge(fails, "hello", "there")
-
-    def test_a_reward_that_is_no_number(self):
-        with pytest.raises(ModelError, match=r"TypeError.*must return a number"):
-            judge(lambda *_: None, "hello", "there")
-
-    @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-    def test_a_reward_that_is_not_finite(self, value):
-        with pytest.raises(ModelError, match=f"returned {value} on the prompt 'hello' and the completion 'there'"):
-            judge(lambda *_: value, "hello", "there")
-
-    def test_a_failure_stops_the_measurement(self, model):
-        with pytest.raises(ModelError, match="on the prompt 'two'"):
+class TestGold:
+    def test_a_failure_stops_the_measurement_and_names_its_key(self, model):
+        with pytest.raises(RewardError, match=r"^evaluation\.gold failed on the prompt 'two' .*: ZeroDivisionError"):
             spoken(model, gold=lambda prompt, _: 1 / (prompt != "two"))
 
-
-class TestFindReward:
-    def test_a_function_by_its_path(self):
-        assert find_reward("operator:countOf")("banana", "a") == 3
-
-    @pytest.mark.parametrize(
-        ("name", "message"),
-        [
-            ("operator", "expected package.module:function"),
-            ("no_such_module:reward", "No module named"),
-            ("operator:no_such", "has no attribute"),
-            ("math:pi", "the name of a callable"),
-            (":reward", "Write package.module:function"),
-        ],
-    )
-    def test_what_leads_nowhere(self, name, message):
-        with pytest.raises(ConfigError, match=message):
-            find_reward(name)
+    def test_a_number_that_is_not_finite_stops_it_too(self, model):
+        with pytest.raises(RewardError, match=r"^evaluation\.gold returned nan for the prompt 'three'"):
+            spoken(model, gold=lambda prompt, _: float("nan") if prompt == "three" else 0.0)
