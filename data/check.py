@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from enum import Enum
-from statistics import median
+from statistics import fmean, median
 from typing import TYPE_CHECKING, Literal, final
 
 from dpo.data.records import Messages, Preference
@@ -155,6 +155,7 @@ class Tally:
     examples: dict[Drop, list[str]] = field(default_factory=dict)
     unused: int = 0
     truncated: int = 0
+    merged: int = 0
     special_tokens: int = 0
 
     def drop(self, bad: BadRow, source: str) -> None:
@@ -192,6 +193,10 @@ class Summary:
     """Share of pairs whose chosen completion has more words than the rejected one; None without pairs."""
     desirable: float | None
     """Share of judged completions that are desirable; None without judgements."""
+    soft: int
+    """Rows whose label is soft: less than all votes are for the better completion."""
+    agreement: float | None
+    """Mean share of votes for the better completion over these rows; None without any."""
     contradictions: int
     """Pairs that another row states the other way round."""
 
@@ -201,12 +206,15 @@ class Summary:
         pairs = [pair for record in records for pair in record.pairs()]
         labels = [judgement.desirable for record in records for judgement in record.judgements()]
         completions = [_words(completion) for record in records for completion in record.completions]
+        soft = [share for record in records if (share := record.agreement) is not None and share < 1]
         stated: set[tuple[Messages, str, str]] = {(p.prompt, p.chosen, p.rejected) for p in pairs}
         return cls(
             prompt_words=_spread([sum(_words(m.content) for m in record.prompt) for record in records]),
             completion_words=_spread(completions) if completions else None,
             longer_wins=_share(_words(p.chosen) > _words(p.rejected) for p in pairs),
             desirable=_share(labels),
+            soft=len(soft),
+            agreement=fmean(soft) if soft else None,
             contradictions=sum((prompt, worse, better) in stated for prompt, better, worse in stated) // 2,
         )
 
@@ -226,9 +234,12 @@ class Report:
     examples: Mapping[Drop, tuple[str, ...]] = field(default_factory=dict)
     """Up to three rows for each reason."""
     unused: int = 0
-    """Good rows that hold no example in the view asked for (a thumb down, when demonstrations are asked for)."""
+    """Good rows that hold no example in the view asked for (a thumb down, when demonstrations are asked for; a prompt
+    that an earlier row holds, when prompts are)."""
     truncated: int = 0
     """Kept rows whose prompt or completions were cut."""
+    merged: int = 0
+    """Kept rankings in which equal completions count as one, at the best of their places."""
     special_tokens: int = 0
     """Kept rows whose texts spell a special token; it was tokenised as ordinary text."""
     summary: Summary | None = None
@@ -253,6 +264,7 @@ class Report:
             examples=examples,
             unused=self.unused + sum(t.unused for t in tallies),
             truncated=self.truncated + sum(t.truncated for t in tallies),
+            merged=self.merged + sum(t.merged for t in tallies),
             special_tokens=self.special_tokens + sum(t.special_tokens for t in tallies),
         )
 
@@ -289,6 +301,7 @@ class Report:
             "examples": {reason.label: list(shown) for reason, shown in self.examples.items()},
             "unused": self.unused,
             "truncated": self.truncated,
+            "merged": self.merged,
             "special_tokens": self.special_tokens,
             "summary": asdict(self.summary) if self.summary else None,
         }
@@ -315,6 +328,8 @@ class Report:
             facts.append(("rows without an example in this view", str(self.unused)))
         if self.truncated:
             facts.append(("rows truncated", str(self.truncated)))
+        if self.merged:
+            facts.append(("rankings with equal completions, counted once", str(self.merged)))
         if self.special_tokens:
             facts.append(("rows spelling a special token (kept as text)", str(self.special_tokens)))
         if summary := self.summary:
@@ -325,6 +340,8 @@ class Report:
                 facts.append(("pairs in which the longer completion wins", f"{summary.longer_wins:.0%}"))
             if summary.desirable is not None:
                 facts.append(("judgements that are desirable", f"{summary.desirable:.0%}"))
+            if summary.agreement is not None:
+                facts.append(("rows with a soft label", f"{summary.soft}, mean agreement {summary.agreement:.2f}"))
             if summary.contradictions:
                 facts.append(("pairs stated both ways round", str(summary.contradictions)))
         facts.append(("rows dropped", str(self.total_dropped)))

@@ -20,7 +20,9 @@ from dpo.errors import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-View = Literal["pairs", "judgements", "demonstrations"]
+View = Literal["pairs", "judgements", "demonstrations", "comparisons", "rankings", "prompts"]
+"""What one example is. Comparisons are pairs with people's scores, rankings all scored completions of a prompt, and
+prompts have none: they are to be sampled for."""
 
 _HEAD = 20
 """Rows that the format is told by."""
@@ -73,9 +75,10 @@ class Example:
 
     prompt: tuple[int, ...]
     completions: tuple[tuple[int, ...], ...]
-    """Pairs: (chosen, rejected). Demonstrations: (own,). Judgements: (own,), or (own, mismatched) where asked for."""
+    """Pairs and comparisons: (chosen, rejected). Rankings: two or more, best first. Demonstrations: (own,). Judgements:
+    (own,), or (own, mismatched) where asked for. Prompts: ()."""
     preference: float
-    """P(chosen preferred), 0.5 to 1; 1 outside pairs."""
+    """P(chosen preferred), or of rankings P(the better of any two preferred), 0.5 to 1; 1 in the other views."""
     desirable: bool
     """The label of a judgement; True outside judgements."""
     weight: float
@@ -84,7 +87,11 @@ class Example:
     """`file:row`."""
     prompt_messages: Messages
     texts: tuple[str, ...]
-    """The completions as the file has them, for showing."""
+    """The completions as the file has them, for showing. Prompts: (an answer that people gave,), to measure samples by,
+    or () where the file has none."""
+    scores: tuple[float, ...] = ()
+    """Comparisons and rankings: people's score of each completion, not increasing; () in the other views. Completions
+    of equal score share their place. A pair in whose row nobody scored holds (1, 0)."""
 
 
 @final
@@ -97,7 +104,8 @@ class Prepared:
     report: Report
     eval_report: Report | None
     fingerprint: str
-    """SHA-256 over ids, labels and weights of all examples in order: equal exactly when runs see the same data."""
+    """SHA-256 over ids, labels, scores and weights of all examples in order, and over the answers that go with prompts:
+    equal exactly when runs see the same data."""
 
 
 def check(config: DataConfig) -> Checked:
@@ -128,7 +136,7 @@ def prepare(
     Args:
         source: checked rows, or the configuration to check first.
         tokenizer: the model's.
-        view: "pairs", "judgements" or "demonstrations".
+        view: what one example is.
         mismatched: give every judgement a completion of another prompt of its side as well. It is cut, where it must
             be, to the room that its new prompt leaves.
 
@@ -143,10 +151,11 @@ def prepare(
     config = checked.config
     if not any(_items(record, view) for record in chain(checked.train, checked.eval)):
         raise DataError(_unsupported(checked, view))
-    renderer = Renderer(tokenizer, config.max_length, config.overlong)
+    room = 1 if view == "prompts" else 0  # what is yet to be sampled has one token at least
+    renderer = Renderer(tokenizer, config.max_length - room, config.overlong)
     train_tally, eval_tally = Tally(config.on_bad_row), Tally(config.on_bad_row)
-    train = _tokenise(checked.train, renderer, view, train_tally)
-    evaluation = _tokenise(checked.eval, renderer, view, eval_tally)
+    train = _tokenise(_sources(checked.train, view, train_tally), renderer, view, train_tally)
+    evaluation = _tokenise(_sources(checked.eval, view, eval_tally), renderer, view, eval_tally)
     report, eval_report = checked.report, checked.eval_report
     if eval_report is None:
         report = report.after(train_tally, eval_tally)
@@ -197,11 +206,14 @@ def _identity(record: Preference) -> bytes:
 @final
 @dataclass(frozen=True, slots=True)
 class _Item:
-    """What the three views have in common."""
+    """What the views have in common."""
 
     texts: tuple[str, ...]
     preference: float = 1.0
     desirable: bool = True
+    scores: tuple[float, ...] = ()
+    answers: tuple[str, ...] = ()
+    """Shown in place of `texts` where the view has none."""
 
 
 def _pairs(record: Preference) -> tuple[_Item, ...]:
@@ -216,15 +228,46 @@ def _demonstrations(record: Preference) -> tuple[_Item, ...]:
     return tuple(_Item((own.completion,)) for own in record.demonstrations())
 
 
+def _comparisons(record: Preference) -> tuple[_Item, ...]:
+    return tuple(_Item((p.chosen, p.rejected), preference=p.preference, scores=p.scores) for p in record.pairs())
+
+
+def _rankings(record: Preference) -> tuple[_Item, ...]:
+    if (ranking := record.ranking()) is None:
+        return ()
+    certainty = 1.0 if record.agreement is None else record.agreement
+    return (_Item(ranking.completions, preference=certainty, scores=ranking.scores),)
+
+
+def _prompts(record: Preference) -> tuple[_Item, ...]:
+    return (_Item((), answers=tuple(own.completion for own in record.demonstrations()[:1])),)
+
+
 _VIEWS: Mapping[View, Callable[[Preference], tuple[_Item, ...]]] = {
     "pairs": _pairs,
     "judgements": _judgements,
     "demonstrations": _demonstrations,
+    "comparisons": _comparisons,
+    "rankings": _rankings,
+    "prompts": _prompts,
 }
 
 
 def _items(record: Preference, view: View) -> tuple[_Item, ...]:
     return _VIEWS[view](record)
+
+
+def _sources(records: Sequence[Preference], view: View, tally: Tally) -> Sequence[Preference]:
+    """Return the records to make examples of: all, or for prompts one each, with an answer where any has one."""
+    if view != "prompts":
+        return records
+    found: dict[Messages, Preference] = {}
+    for record in records:
+        held = found.setdefault(record.prompt, record)
+        if record.demonstrations() and not held.demonstrations():
+            found[record.prompt] = record
+    tally.unused += len(records) - len(found)
+    return tuple(found.values())
 
 
 def _tokenise(records: Iterable[Preference], renderer: Renderer, view: View, tally: Tally) -> list[Example]:
@@ -239,34 +282,55 @@ def _tokenise(records: Iterable[Preference], renderer: Renderer, view: View, tal
         try:
             rendered = renderer.render(record.prompt, texts, record.source)
             ids = dict(zip(texts, rendered.completions, strict=True))
+            distinct = [(item, _distinct(item, ids)) for item in items]
+            kept = [(item, places) for item, places in distinct if len(places) >= min(2, len(item.texts))]
+            if not kept:
+                raise BadRow(Drop.IDENTICAL_TOKENS if rendered.truncated else Drop.IDENTICAL)
             found = [
                 Example(
                     prompt=rendered.prompt,
-                    completions=completions,
+                    completions=tuple(ids[item.texts[n]] for n in places),
                     preference=item.preference,
                     desirable=item.desirable,
                     weight=record.weight,
                     source=record.source,
                     prompt_messages=record.prompt,
-                    texts=item.texts,
+                    texts=tuple(item.texts[n] for n in places) or item.answers,
+                    scores=tuple(item.scores[n] for n in places) if item.scores else (),
                 )
-                for item in items
-                if len(set(completions := tuple(ids[text] for text in item.texts))) == len(completions)
+                for item, places in kept
             ]
-            if not found:
-                raise BadRow(Drop.IDENTICAL_TOKENS if rendered.truncated else Drop.IDENTICAL)
+            if view == "rankings" and len(set(found[0].scores)) == 1:
+                raise BadRow(Drop.TIE, "the completions that differ have the same score")
         except BadRow as bad:
             tally.drop(bad, record.source)
             continue
         tally.truncated += rendered.truncated
         tally.special_tokens += rendered.spells_special
+        tally.merged += any(len(places) < len(item.texts) for item, places in kept)
         examples.extend(found)
     return examples
 
 
+def _distinct(item: _Item, ids: Mapping[str, tuple[int, ...]]) -> list[int]:
+    """Return the places of an item's completions, without those that equal an earlier one, hence a better or equal one.
+
+    Equal are the same tokens, and the same text but for white space at the ends.
+    """
+    seen: set[str | tuple[int, ...]] = set()
+    places: list[int] = []
+    for place, text in enumerate(item.texts):
+        names = {text.strip(), ids[text]}
+        if not names & seen:
+            places.append(place)
+        seen |= names
+    return places
+
+
 def _unsupported(checked: Checked, view: View) -> str:
     records = (*checked.train, *checked.eval)
-    supported = [other for other in _VIEWS if any(_items(record, other) for record in records)]
+    others: list[View] = [other for other in _VIEWS if other != "prompts"]  # which every file holds
+    supported = [other for other in others if any(_items(record, other) for record in records)]
     return (
         f"{checked.report.source}: got {checked.report.format!r} rows ({checked.report.rule}), expected rows that hold"
         f" {view}. They hold {' and '.join(supported) or 'prompts only'}: choose an objective with such a view, or"
@@ -314,6 +378,10 @@ def _fingerprint(train: Sequence[Example], evaluation: Sequence[Example]) -> str
     digest = sha256()
     for side, examples in (("train", train), ("eval", evaluation)):
         for e in examples:
-            values = [side, e.prompt, e.completions, e.preference, e.desirable, e.weight]
+            values: list[object] = [side, e.prompt, e.completions, e.preference, e.desirable, e.weight]
+            if e.scores:
+                values.append(e.scores)
+            if not e.completions:
+                values.append(e.texts)
             digest.update(json.dumps(values).encode() + b"\n")
     return digest.hexdigest()

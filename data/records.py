@@ -35,6 +35,8 @@ class Pair:
     rejected: str
     preference: float
     """P(chosen preferred), 0.5 to 1."""
+    scores: tuple[float, float]
+    """Of chosen and rejected; the first is higher."""
     weight: float
     source: str
 
@@ -126,7 +128,7 @@ class Preference:
             return ()
         certainty = 1.0 if self.agreement is None else self.agreement
         return tuple(
-            Pair(self.prompt, better, worse, certainty, self.weight, self.source)
+            Pair(self.prompt, better, worse, certainty, (high, low), self.weight, self.source)
             for (better, high), (worse, low) in permutations(zip(self.completions, self.scores, strict=True), 2)
             if high > low and better.strip() != worse.strip()
         )

@@ -6,7 +6,7 @@ The names below are imported on first use: `import dpo` costs nothing, `from dpo
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from dpo.errors import CheckpointError, ConfigError, DataError, DPOError, ModelError, TrainingError
+from dpo.errors import CheckpointError, ConfigError, DataError, DPOError, ModelError, RewardError, TrainingError
 
 if TYPE_CHECKING:
     from dpo.data import DataConfig, Preference
@@ -14,8 +14,9 @@ if TYPE_CHECKING:
     from dpo.model.base import ModelConfig
     from dpo.run import Result, evaluate_run, execute
     from dpo.settings import ObjectiveConfig, Run, plan, read_run
+    from dpo.sources import RolloutConfig
     from dpo.train import Loop, Optimiser
-    from dpo.types import JudgementLogps, LossOutput, PairLogps
+    from dpo.types import JudgementLogps, LossOutput, PairLogps, RankingScores, Rollout
 
 __all__ = [
     "CheckpointError",
@@ -33,7 +34,11 @@ __all__ = [
     "Optimiser",
     "PairLogps",
     "Preference",
+    "RankingScores",
     "Result",
+    "RewardError",
+    "Rollout",
+    "RolloutConfig",
     "Run",
     "TrainingError",
     "evaluate_run",
@@ -48,8 +53,9 @@ _ROOMS = {
     "dpo.model.base": ("ModelConfig",),
     "dpo.run": ("Result", "evaluate_run", "execute"),
     "dpo.settings": ("ObjectiveConfig", "Run", "plan", "read_run"),
+    "dpo.sources": ("RolloutConfig",),
     "dpo.train": ("Loop", "Optimiser"),
-    "dpo.types": ("JudgementLogps", "LossOutput", "PairLogps"),
+    "dpo.types": ("JudgementLogps", "LossOutput", "PairLogps", "RankingScores", "Rollout"),
 }
 _PLACE = {name: room for room, names in _ROOMS.items() for name in names}
 

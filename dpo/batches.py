@@ -9,16 +9,34 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar, final
+from typing import Protocol, TypeVar, final
 
 import torch
 
-from dpo.data import Example
 from dpo.errors import TrainingError
 
 log = logging.getLogger("dpo")
 
 Result = TypeVar("Result")
+
+
+class Sized(Protocol):
+    """What is divided: anything with a prompt and completions that branch from it."""
+
+    @property
+    def prompt(self) -> Sequence[int]:
+        """Token ids."""
+        ...
+
+    @property
+    def completions(self) -> Sequence[Sequence[int]]:
+        """Token ids of each."""
+        ...
+
+    @property
+    def source(self) -> str:
+        """`file:row`."""
+        ...
 
 
 @final
@@ -60,12 +78,12 @@ class Division:
     """Tokens of a micro-batch in place of `size`; an example longer than that stands alone."""
     padded: bool
     """Whether every completion takes a padded row of its own; else a prompt counts once and nothing is padded."""
-    scored: int
-    """Completions of an example that one forward pass scores: both of a pair, one of a judgement."""
+    scored: int | None
+    """Completions of an example that one forward pass scores: both of a pair, one of a judgement; None: all."""
     parts: int = 1
     """Both limits are divided by it; doubled when memory runs out."""
 
-    def micro_batches(self, examples: Sequence[Example]) -> list[list[int]]:
+    def micro_batches(self, examples: Sequence[Sized]) -> list[list[int]]:
         """Divide examples, none lost, none doubled; each micro-batch holds indices into `examples`."""
         size, budget = max(1, self.size // self.parts), self.max_tokens and max(1, self.max_tokens // self.parts)
         if budget is not None:
@@ -73,20 +91,23 @@ class Division:
         ordered = _longest_first(examples, _row) if self.padded else list(range(len(examples)))
         return [ordered[start : start + size] for start in range(0, len(ordered), size)]
 
-    def largest(self, examples: Sequence[Example]) -> int:
+    def largest(self, examples: Sequence[Sized]) -> int:
         """Return the most tokens, padding included, that any micro-batch of the examples can hold."""
         sizes = sorted((self._tokens(example) for example in examples), reverse=True)
         if self.max_tokens is not None:
             return max(self.max_tokens, sizes[0])
         return sizes[0] * self.size if self.padded else sum(sizes[: self.size])
 
-    def _tokens(self, example: Example) -> int:
+    def _tokens(self, example: Sized) -> int:
         """Return what the example takes alone: its prompt once, or in padded rows one for each completion."""
         if self.padded:
-            return self.scored * _row(example)
+            return self._rows(example) * _row(example)
         return len(example.prompt) + sum(sorted(map(len, example.completions), reverse=True)[: self.scored])
 
-    def _fill(self, examples: Sequence[Example], budget: int) -> list[list[int]]:
+    def _rows(self, example: Sized) -> int:
+        return len(example.completions) if self.scored is None else self.scored
+
+    def _fill(self, examples: Sequence[Sized], budget: int) -> list[list[int]]:
         """Pack first-fit-decreasing: at most 11/9 of the fewest micro-batches, plus one (Johnson 1973)."""
         batches: list[list[int]] = []
         room: list[int] = []
@@ -101,29 +122,30 @@ class Division:
                 room[fitting] -= need
         return batches
 
-    def _fill_rows(self, examples: Sequence[Example], budget: int) -> list[list[int]]:
+    def _fill_rows(self, examples: Sequence[Sized], budget: int) -> list[list[int]]:
         """Take examples of similar length together; a micro-batch costs its rows times the longest of them."""
         batches: list[list[int]] = []
-        longest = 0
+        longest = rows = 0
         for n in _longest_first(examples, _row):
-            if not batches or (len(batches[-1]) + 1) * self.scored * longest > budget:
+            rows += self._rows(examples[n])
+            if not batches or rows * longest > budget:
                 batches.append([])
-                longest = _row(examples[n])
+                longest, rows = _row(examples[n]), self._rows(examples[n])
             batches[-1].append(n)
         return batches
 
 
-def _row(example: Example) -> int:
+def _row(example: Sized) -> int:
     """Return the tokens of the example's longest row."""
     return len(example.prompt) + max(map(len, example.completions))
 
 
-def _longest_first(examples: Sequence[Example], tokens: Callable[[Example], int]) -> list[int]:
+def _longest_first(examples: Sequence[Sized], tokens: Callable[[Sized], int]) -> list[int]:
     return sorted(range(len(examples)), key=lambda n: tokens(examples[n]), reverse=True)
 
 
 def within_memory(
-    work: Callable[[list[list[int]]], Result], examples: Sequence[Example], division: Division
+    work: Callable[[list[list[int]]], Result], examples: Sequence[Sized], division: Division
 ) -> tuple[Result, Division]:
     """Do `work` on micro-batches of the examples; where memory runs out, do it again on smaller ones.
 

@@ -73,23 +73,42 @@ def _show_plans(runs: "Sequence[Run]", gpu: str | None) -> None:
 
     from dpo.losses import MovesReference
     from dpo.model.base import choose_device
-    from dpo.model.memory import Card, plan_memory
-    from dpo.settings import PREVIOUS
+    from dpo.model.memory import RANKED, Card, Roles, SamplingSize, plan_memory
+    from dpo.rewards import ModelTerm
+    from dpo.settings import PREVIOUS, STAGE
 
     card = Card.here(choose_device(runs[0].model.device)) if gpu is None else Card.named(gpu)
-    config = runs[0].model
-    for run in runs:
-        continues = run.model.adapter == PREVIOUS  # with an adapter of the shape that the stage before trains
-        shape = {"adapter": config.adapter, "lora": config.lora} if continues else {}
-        config = run.model.model_copy(update=shape)
-        objective = run.objective.build()
-        frozen, moving = continues and config.reference == "start", isinstance(objective, MovesReference)
-        planned = plan_memory(config, run.optimiser.name, card, frozen, moving)
+    stages = {run.name: run.model for run in runs}
+    for n, run in enumerate(runs):
+        config, start = run.model, run.model.adapter or ""
+        continues = start == PREVIOUS or start.startswith(STAGE)
+        if continues:  # with an adapter of the shape that the earlier stage trains
+            earlier = stages[runs[n - 1].name if start == PREVIOUS else start.removeprefix(STAGE)]
+            config = run.model.model_copy(update={"adapter": earlier.adapter, "lora": earlier.lora})
+        stages[run.name] = config
+        objective, rollout = run.objective.build(), run.rollout
+        terms = () if rollout is None else rollout.rewards
+        roles = Roles(
+            frozen_adapter=continues and config.reference == "start",
+            moving=isinstance(objective, MovesReference),
+            rewards=sum(len(term.folders) for term in terms if isinstance(term, ModelTerm)),
+            value=objective.needs_values,
+            reward=run.trains_reward,
+        )
+        longest, sampling = run.data.max_length, None
+        if rollout is not None:
+            at_once = min(rollout.sampling_batch_size, rollout.prompts_per_rollout * rollout.completions_per_prompt)
+            sampling = SamplingSize(at_once, longest, rollout.max_new_tokens)
+            longest += rollout.max_new_tokens
+        planned = plan_memory(config, run.optimiser.name, card, roles, sampling)
         view = objective.view
-        longest = run.data.max_length * (2 if view == "pairs" else 1)
+        longest *= {"pairs": 2, "comparisons": 2, "rankings": RANKED}.get(view, 1)
         limit = run.loop.per_device_max_tokens
-        at_once = run.loop.per_device_train_batch_size if limit is None else max(1, limit // longest)
-        Console().print(planned.table(card, at_once, longest, view))
+        examples = run.loop.per_device_train_batch_size if limit is None else max(1, limit // longest)
+        if objective.needs_demonstrations:  # scored beside each completion
+            longest += run.data.max_length
+        unit = {"rollouts": "completions", "rankings": f"rankings of {RANKED}"}.get(view, view)
+        Console().print(planned.table(card, examples, longest, unit))
 
 
 @app.command(epilog="Example: dpo evaluate runs/dpo-1a2b3c4d evaluation.max_prompts=64", context_settings=OVERRIDES)

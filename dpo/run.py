@@ -10,39 +10,54 @@ import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, final
 
 from filelock import FileLock, Timeout
 
 from dpo import checkpoint
-from dpo.data import Checked, DataConfig, Prepared, Renderer, check, prepare
+from dpo.cautions import cautions
+from dpo.data import Checked, DataConfig, Example, Prepared, Renderer, check, prepare
 from dpo.errors import CheckpointError, ConfigError, DataError, DPOError, TrainingError
-from dpo.evaluation.measures import Estimate, pair_accuracy
-from dpo.evaluation.samples import Spoken, find_reward, speak
+from dpo.evaluation.measures import Estimate, by_agreement, calibration, calibration_error, mean, pair_accuracy
+from dpo.evaluation.samples import Spoken, speak
 from dpo.losses import MovesReference, Objective
+from dpo.losses.reduce import comparisons
+from dpo.metrics import CUSTOM
 from dpo.model.base import (
     Base,
     LanguageModel,
     ModelConfig,
     Role,
+    ScalarRole,
     check_adapter,
+    check_scalar,
     choose_device,
     load_base,
     load_tokenizer,
 )
-from dpo.model.memory import must_checkpoint
+from dpo.model.memory import Roles, must_checkpoint
 from dpo.model.reference import ReferenceLogps
+from dpo.model.rollout import sample
+from dpo.model.scalar import LearnedReward, normalise
 from dpo.redact import redact, redact_text
-from dpo.settings import PREVIOUS, Recipe, Run, check_stages, plan, read_overrides, read_run
+from dpo.rewards import Function, ModelTerm, Reward, build, find_reward
+from dpo.settings import PREVIOUS, STAGE, Recipe, Run, check_stages, plan, read_overrides, read_run
 from dpo.sinks import sinks
-from dpo.train import Outcome, division, peak_memory, reset_peak_memory, score, train
-from dpo.types import JudgementLogps, LossInput, LossOutput, PairLogps
+from dpo.sources import Judges
+from dpo.train import OnPolicy, Outcome, division, peak_memory, reset_peak_memory, score, train
+from dpo.types import JudgementLogps, LossInput, LossOutput, PairLogps, RankingScores
 
 log = logging.getLogger("dpo")
 
 RUN_FILE, DATA_FILE, SUMMARY_FILE, ADAPTER = "run.yaml", "data.json", "summary.json", "adapter"
+
+REWARD: Role = "reward"
+"""Of a reward model; the further members of an ensemble are reward-2, reward-3, ..."""
+
+REFERENCE_SAMPLES = 64
+"""Completions of the reference that a reward model's scores are normalised on."""
 
 
 @final
@@ -67,6 +82,8 @@ class _Stage:
     folder: Path
     objective: Objective
     prepared: Prepared
+    demonstrations: Sequence[Example] = ()
+    """For an objective that learns from them beside sampled completions."""
 
     @property
     def identity(self) -> dict[str, str]:
@@ -106,16 +123,12 @@ def execute(
     tokenizer = base.tokenizer if base is not None else load_tokenizer(runs[0].model)
     stages: list[_Stage] = []
     for run, folder in zip(runs, folders, strict=True):
-        adapter = run.model.adapter
-        if adapter == PREVIOUS:
-            adapter = str(stages[-1].folder / ADAPTER)
-        elif adapter is not None:
-            check_adapter(adapter)
-        resolved = run.override({"model": {"adapter": adapter}, "output": {"dir": str(folder)}})
+        resolved = _resolve(run, folder, stages)
         objective = run.objective.build()
-        prepared = prepare(checked, tokenizer, objective.view, mismatched=objective.needs_mismatched)
+        prepared = _prepared(run, objective, checked, tokenizer)
         _refuse_soft_labels(objective, prepared)
-        stages.append(_Stage(resolved, folder, objective, prepared))
+        shown = prepare(checked, tokenizer, "demonstrations").train if objective.needs_demonstrations else ()
+        stages.append(_Stage(resolved, folder, objective, prepared, shown))
     with only_process(root):
         for stage in stages:
             _refuse_another_run(stage)
@@ -129,6 +142,52 @@ def execute(
             _claim(stage)
             results.append(_carry_out(stage, base))
     return results
+
+
+def _resolve(run: Run, folder: Path, earlier: Sequence[_Stage]) -> Run:
+    """Return the run with folders in the place of the stages that it starts from or is judged by.
+
+    Raises:
+        ModelError: a folder that is named holds nothing to start from, or a reward model of another base.
+    """
+    by_name = {stage.run.name: str(stage.folder / ADAPTER) for stage in earlier}
+
+    def place(name: str | None, scalar: bool) -> str | None:
+        if name == PREVIOUS:
+            return str(earlier[-1].folder / ADAPTER)
+        if name is None or name.startswith(STAGE):
+            return None if name is None else by_name[name.removeprefix(STAGE)]
+        check_scalar(name, run.model.name) if scalar else check_adapter(name)
+        return name
+
+    changes: dict[str, Any] = {
+        "model": {"adapter": place(run.model.adapter, scalar=False)},
+        "output": {"dir": str(folder)},
+    }
+    if run.rollout is not None:
+        sampling: dict[str, Any] = {"value": place(run.rollout.value, scalar=True)}
+        for key, terms in (("rewards", run.rollout.rewards), ("watch", run.rollout.watch)):
+            sampling[key] = [
+                one.model_copy(update={"folders": tuple(place(name, scalar=True) for name in one.folders)}).model_dump(
+                    mode="json"
+                )
+                if isinstance(one, ModelTerm)
+                else one.model_dump(mode="json")
+                for one in terms
+            ]
+        changes["rollout"] = sampling
+    return run.override(changes)
+
+
+def _prepared(run: Run, objective: Objective, checked: Checked, tokenizer: Any) -> Prepared:
+    """Return the examples in the objective's view, or the prompts that are sampled for."""
+    if run.rollout is None:
+        assert objective.view != "rollouts", "Run refuses it without a rollout"
+        return prepare(checked, tokenizer, objective.view, mismatched=objective.needs_mismatched)
+    if run.rollout.prompts is not None:
+        source = {"train": run.rollout.prompts, "eval_share": 0}
+        checked = check(checked.config.model_copy(update={**source, "eval": None}))
+    return prepare(checked, tokenizer, "prompts")
 
 
 def _refuse_soft_labels(objective: Objective, prepared: Prepared) -> None:
@@ -183,9 +242,12 @@ def only_process(folder: Path) -> Iterator[None]:
 def _carry_out(stage: _Stage, base: Base) -> Result:
     run, folder, prepared = stage.run, stage.folder, stage.prepared
     reset_peak_memory(base.device)
-    moving = isinstance(stage.objective, MovesReference)
-    model = LanguageModel.start(base, _within_memory(stage, base), run.loop.seed, moving)
-    log.info("%s: %d examples, reference is %s", run.name, len(prepared.train), model.reference_is)
+    model = _start(stage, base)
+    if run.rollout is None:
+        for caution in cautions(stage.objective, prepared.train, run.loop.batch):
+            log.warning("%s", caution)
+    held = f"reference is {model.reference_is}" if "policy" in model.trained else "a reward model"
+    log.info("%s: %d examples, %s", run.name, len(prepared.train), held)
     try:
         shown = sinks(
             run.output.report_to,
@@ -201,17 +263,19 @@ def _carry_out(stage: _Stage, base: Base) -> Result:
             reference=ReferenceLogps(model),
             objective=stage.objective,
             train_examples=prepared.train,
-            eval_examples=prepared.eval,
+            eval_examples=prepared.eval if run.rollout is None else [],
             optimiser=run.optimiser,
             loop=run.loop,
             folder=folder,
             identity=stage.identity,
             sinks=shown,
+            on_policy=_on_policy(stage, model),
         )
+        scale = _normalised(stage, model) if run.trains_reward else None
         (folder / ADAPTER).mkdir(exist_ok=True)
-        model.save(folder / ADAPTER)
-        spoken = _speak(run, model, prepared)
-        summary = _summarise(stage, model, outcome, spoken)
+        model.save(folder / ADAPTER, model.trained[0])
+        spoken = None if run.trains_reward else _speak(run, model, prepared)
+        summary = {**_summarise(stage, model, outcome, spoken), **({} if scale is None else scale)}
     finally:
         if run.model.lora is not None:
             model.release()
@@ -221,15 +285,83 @@ def _carry_out(stage: _Stage, base: Base) -> Result:
     return Result(run, folder, summary, spoken)
 
 
+def _start(stage: _Stage, base: Base) -> LanguageModel:
+    """Put the roles that the stage needs on the base."""
+    run, config = stage.run, _within_memory(stage, base)
+    moving = isinstance(stage.objective, MovesReference)
+    if run.trains_reward:
+        return LanguageModel.start(base, config, run.loop.seed, scalars=[ScalarRole(REWARD, None, True)], policy=False)
+    scalars = [ScalarRole(name, folder, False) for name, folder in _reward_roles(run).items()]
+    if stage.objective.needs_values and run.rollout is not None:
+        scalars.append(ScalarRole("value", run.rollout.value, True))
+    return LanguageModel.start(base, config, run.loop.seed, moving, scalars)
+
+
+def _reward_roles(run: Run) -> dict[Role, str]:
+    """Return the folders of the run's reward models by the names of their roles."""
+    terms = () if run.rollout is None else (*run.rollout.rewards, *run.rollout.watch)
+    folders = [folder for term in terms if isinstance(term, ModelTerm) for folder in term.folders]
+    return {REWARD if n == 1 else f"{REWARD}-{n}": folder for n, folder in enumerate(folders, start=1)}
+
+
+def _on_policy(stage: _Stage, model: LanguageModel) -> OnPolicy | None:
+    """Return how the stage's completions are sampled and judged."""
+    config = stage.run.rollout
+    if config is None:
+        return None
+    names = iter(_reward_roles(stage.run))
+    learned: list[LearnedReward] = []
+
+    def role_of(term: ModelTerm) -> Reward:
+        roles = [next(names) for _ in term.folders]
+        learned.append(LearnedReward(model, roles, term.combine, term.variance_weight))
+        return learned[-1]
+
+    reward = build(config.rewards, role_of)
+    watched = {f"{CUSTOM}reward_{one.kind}": build((one,), role_of) for one in config.watch}
+    ensembles = [one for one in learned if one.members > 1]
+    gold = None if stage.run.evaluation.gold is None else Function(name=stage.run.evaluation.gold)
+    judges = Judges(reward, gold, watched, lambda: [spread for one in ensembles for spread in one.disagreement])
+    return OnPolicy(config, judges, stage.demonstrations)
+
+
+def _normalised(stage: _Stage, model: LanguageModel) -> dict[str, Any]:
+    """Give the reward model's scores mean 0 and deviation 1 on samples of the reference; return what they were."""
+    prompts = list(dict.fromkeys(one.prompt for one in stage.prepared.train))[:REFERENCE_SAMPLES]
+    evaluation = stage.run.evaluation
+    samples = sample(
+        model,
+        prompts,
+        role="reference",
+        max_new_tokens=evaluation.max_new_tokens,
+        seed=evaluation.seed,
+        progress="reference samples",
+    )
+    before, deviation = normalise(model, model.trained[0], [(one.prompt, one.completion) for one in samples])
+    return {"normalised_on_reference": {"samples": len(samples), "mean": before, "deviation": deviation}}
+
+
 def _within_memory(stage: _Stage, base: Base) -> ModelConfig:
     """Return the model's settings with checkpointing decided: on where the largest micro-batch needs it."""
     run, config = stage.run, stage.run.model
     if config.gradient_checkpointing != "auto":
         return config
     limits = division(run.loop, run.loop.per_device_train_batch_size, base, stage.objective)
-    tokens = limits.largest(stage.prepared.train)
-    moving = isinstance(stage.objective, MovesReference)
-    on = not config.activation_offload and must_checkpoint(base, config, run.optimiser.name, tokens, moving)
+    if run.rollout is None:
+        tokens = limits.largest(stage.prepared.train)
+    else:  # not sampled yet: the longest there can be
+        completions = tuple((0,) * run.rollout.max_new_tokens for _ in range(limits.scored or 1))
+        longest = [replace(one, completions=completions) for one in stage.prepared.train]
+        tokens = limits.largest(longest)
+    if stage.demonstrations:  # one is scored beside each completion
+        tokens += limits.largest(stage.demonstrations)
+    roles = Roles(
+        moving=isinstance(stage.objective, MovesReference),
+        rewards=len(_reward_roles(run)),
+        value=stage.objective.needs_values,
+        reward=run.trains_reward,
+    )
+    on = not config.activation_offload and must_checkpoint(base, config, run.optimiser.name, tokens, roles)
     if on:
         log.info("gradient checkpointing is on: %d tokens at once would not fit in memory without it", tokens)
     return config.model_copy(update={"gradient_checkpointing": on})
@@ -343,6 +475,7 @@ def _summarise(stage: _Stage, model: LanguageModel, outcome: Outcome, spoken: Sp
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": model.device.type,
         "steps": outcome.progress.step,
+        **({"stopped_early": "rollout.kl_budget"} if outcome.stopped_early else {}),
         "skipped_steps": outcome.progress.skipped,
         "examples_seen": outcome.progress.examples_seen,
         "tokens_seen": outcome.progress.tokens_seen,
@@ -351,7 +484,32 @@ def _summarise(stage: _Stage, model: LanguageModel, outcome: Outcome, spoken: Sp
         "memory_peak_bytes": peak_memory(model.device),
         "data_fingerprint": stage.prepared.fingerprint,
         "measures": _measures(objective, outcome.evaluated, spoken),
+        **_reward_report(outcome.evaluated),
     }
+
+
+def _reward_report(record: LossInput | None) -> dict[str, Any]:
+    """Return how far a reward model's probabilities can be believed on held-out comparisons."""
+    if not isinstance(record, RankingScores):
+        return {}
+    differences = _differences(record)
+    if not differences:
+        return {}
+    better, _ = comparisons(record)
+    bins = calibration(differences)
+    found: dict[str, Any] = {"calibration": [asdict(one) for one in bins], "calibration_error": calibration_error(bins)}
+    if record.preference is not None and (record.preference != 1).any():
+        agreement = record.preference[record.prompt_index[better]].tolist()
+        found["accuracy_by_agreement"] = {
+            level: asdict(one) for level, one in by_agreement(differences, agreement).items()
+        }
+    return found
+
+
+def _differences(record: RankingScores) -> list[float]:
+    """Return the score of the better completion minus that of the worse, for every comparison."""
+    better, worse = comparisons(record)
+    return (record.scores[better] - record.scores[worse]).double().tolist()
 
 
 def held_out(record: LossInput | None, out: LossOutput | None) -> dict[str, Estimate]:
@@ -361,10 +519,24 @@ def held_out(record: LossInput | None, out: LossOutput | None) -> dict[str, Esti
     if isinstance(record, PairLogps):
         chosen, rejected = out.rewards.double().unbind(1)
         return {"eval/reward/accuracy": pair_accuracy(chosen.tolist(), rejected.tolist())}
+    if isinstance(record, RankingScores):
+        return {"eval/reward/accuracy": _ranking_accuracy(record)}
     if isinstance(record, JudgementLogps) and "reward/accuracy" in out.metrics:
         value = out.metrics["reward/accuracy"].item()
         return {"eval/reward/accuracy": _auc(value, int(record.desirable.sum()), int((~record.desirable).sum()))}
     return {}
+
+
+def _ranking_accuracy(record: RankingScores) -> Estimate:
+    """Return the share of comparisons rightly ordered; comparisons of one prompt are one unit of the interval."""
+    better, _ = comparisons(record)
+    prompts = record.prompt_index[better].tolist()
+    hits: dict[int, list[float]] = {}
+    for prompt, difference in zip(prompts, _differences(record), strict=True):
+        hits.setdefault(prompt, []).append((difference > 0) + 0.5 * (difference == 0))
+    if all(len(one) == 1 for one in hits.values()):
+        return pair_accuracy([one[0] for one in hits.values()], [0.5] * len(hits))
+    return mean([sum(one) / len(one) for one in hits.values()])
 
 
 def _auc(value: float, desirable: int, undesirable: int) -> Estimate:
@@ -389,18 +561,20 @@ def evaluate_run(folder: Path, overrides: Mapping[str, Any]) -> Result:
     objective = run.objective.build()
     checked = check(run.data)
     base = load_base(run.model)
-    prepared = prepare(checked, base.tokenizer, objective.view, mismatched=objective.needs_mismatched)
-    model = LanguageModel.start(base, run.model, run.loop.seed)
-    model.restore(folder / ADAPTER)
+    prepared = _prepared(run, objective, checked, base.tokenizer)
+    scalars = [ScalarRole(REWARD, None, True)] if run.trains_reward else []
+    model = LanguageModel.start(base, run.model, run.loop.seed, scalars=scalars, policy=not run.trains_reward)
+    model.restore(folder / ADAPTER, model.trained[0])
     limits = division(run.loop, run.loop.per_device_eval_batch_size, base, objective)
     trained = _read_json(folder / SUMMARY_FILE)
     mean, record = trained["mean_log_ratio"] if objective.needs_mean_log_ratio else 0.0, None
-    if prepared.eval:
+    if prepared.eval and run.rollout is None:
         record, _ = score(model, ReferenceLogps(model), objective, prepared.eval, limits, mean)
-    spoken = _speak(run, model, prepared)
+    spoken = None if run.trains_reward else _speak(run, model, prepared)
     if trained["data_fingerprint"] != prepared.fingerprint:
         log.warning("%s has changed since the run was trained: its numbers are on other examples", run.data.train)
     measured = _measures(objective, record, spoken)
+    trained |= _reward_report(record)
     summary = {**trained, "data_fingerprint": prepared.fingerprint, "measures": measured}
     checkpoint.atomic_write_text(folder / "evaluation.json", json.dumps(redact(summary), indent=2) + "\n")
     return Result(run, folder, summary, spoken)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import Field as DataclassField
 from dataclasses import fields
 from difflib import get_close_matches
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, final
 
@@ -22,16 +23,21 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 from dpo import losses
 from dpo.data import DataConfig
 from dpo.errors import ConfigError, nearest
-from dpo.evaluation.samples import find_reward
-from dpo.losses import Objective, Part
+from dpo.losses import Objective, Part, RankingObjective, RolloutObjective
 from dpo.losses.objective import Number
 from dpo.model.base import ModelConfig
+from dpo.rewards import ModelTerm, find_reward
+from dpo.sources import ON_POLICY, RolloutConfig
 from dpo.train import Loop, Optimiser
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 PREVIOUS = "previous"
-"""As model.adapter: the adapter of the stage before. (A folder of that name is ./previous.)"""
+"""As model.adapter, or among the folders of rollout: the adapter of the stage before. (A folder of that name is
+./previous.)"""
+
+STAGE = "stage:"
+"""Likewise, before a stage's name: the adapter of that earlier stage."""
 
 BASE_SETTINGS = ("name", "revision", "dtype", "quantization", "attn_implementation", "layout", "device")
 """What the one base of all stages is loaded by."""
@@ -163,7 +169,7 @@ class Evaluation(BaseModel):
     @classmethod
     def _found(cls, name: str | None) -> str | None:
         if name is not None:
-            find_reward(name)
+            find_reward(name, "evaluation.gold")
         return name
 
 
@@ -203,6 +209,8 @@ class Run(BaseModel):
     model: ModelConfig = ModelConfig()
     optimiser: Optimiser = Optimiser()
     loop: Loop = Loop()
+    rollout: RolloutConfig | None = None
+    """Learn from the policy's own completions, judged by rewards (null: from the examples themselves)."""
     evaluation: Evaluation = Evaluation()
     output: Output = Output()
 
@@ -212,6 +220,56 @@ class Run(BaseModel):
         if not NAME.fullmatch(name):
             raise ValueError(f"name must match {NAME.pattern}, got {name!r}")
         return name
+
+    @model_validator(mode="after")
+    def _sourced(self) -> Self:
+        """Refuse an objective and a source of examples that do not go together."""
+        objective, name = self.objective.build(), self.objective.name
+        if self.rollout is None:
+            if isinstance(objective, RolloutObjective):
+                raise ValueError(
+                    f"rollout is missing: {name} learns from sampled completions. Say who judges them, for instance "
+                    "rollout.rewards=[package.module:function], or use a recipe such as reward_ppo"
+                )
+            return self
+        if objective.view not in ON_POLICY:
+            raise ValueError(
+                f"rollout: {name} reads {objective.view}, which are not sampled, expected an objective that reads "
+                f"{', '.join(ON_POLICY)}. Leave rollout out"
+            )
+        compares = objective.view == "pairs" or name in ("rloo", "grpo")
+        if compares and self.rollout.completions_per_prompt < 2:
+            raise ValueError(
+                f"rollout.completions_per_prompt: {name} compares completions of one prompt and needs at least 2, got "
+                f"{self.rollout.completions_per_prompt}"
+            )
+        if self.rollout.value is not None and not objective.needs_values:
+            raise ValueError(f"rollout.value: {name} has no value role, got {self.rollout.value!r}. Leave it out")
+        if self.model.lora is None and objective.needs_values:
+            raise ValueError(f"model.lora: {name} trains a value role beside the policy, both adapters. Leave it out")
+        if self.model.lora is not None and self.model.lora.dropout and objective.view == "rollouts":
+            raise ValueError(
+                f"model.lora.dropout: {name} compares the policy with itself as it sampled, which dropout would make "
+                f"another model, expected 0, got {self.model.lora.dropout:g}"
+            )
+        return self
+
+    @property
+    def trains_reward(self) -> bool:
+        """Whether the run trains a reward model in place of a policy."""
+        return isinstance(self.objective.build(), RankingObjective)
+
+    def earlier(self) -> dict[str, str]:
+        """Return the adapters the run starts from or is judged by, by dotted key: folders or names of stages."""
+        found = {} if self.model.adapter is None else {"model.adapter": self.model.adapter}
+        if self.rollout is not None:
+            if self.rollout.value is not None:
+                found["rollout.value"] = self.rollout.value
+            for key, terms in (("rewards", self.rollout.rewards), ("watch", self.rollout.watch)):
+                for n, term in enumerate(terms):
+                    if isinstance(term, ModelTerm):
+                        found |= {f"rollout.{key}[{n}].folders[{k}]": one for k, one in enumerate(term.folders)}
+        return found
 
     @classmethod
     def of(cls, settings: Mapping[str, Any], place: str) -> Self:
@@ -275,6 +333,22 @@ def one_stage(
     )
 
 
+def reward_stage(data: DataConfig, adapter: str | None = None) -> Run:
+    """Return the stage "reward": a Bradley-Terry model of the data's comparisons, from the base or an adapter."""
+    return Run(
+        name="reward",
+        data=data,
+        objective=ObjectiveConfig.model_validate("bradleyterry"),
+        model=ModelConfig(adapter=adapter),
+        optimiser=Optimiser(learning_rate=2e-4),
+    )
+
+
+def learned_reward() -> ModelTerm:
+    """Return the reward that the stage "reward" trains."""
+    return ModelTerm(kind="model", folders=(f"{STAGE}reward",))
+
+
 def read_overrides(arguments: Sequence[str]) -> dict[str, Any]:
     """Read `key=value` and `--key=value` (the form a wandb sweep passes) into nested settings; values are YAML.
 
@@ -314,34 +388,58 @@ def plan(recipe: Recipe, overrides: Mapping[str, Any], place: str = "command lin
     except ValidationError as error:
         raise ConfigError(f"{place}: {explained(error, prefix='data')}") from error
     own = {run.name: given.pop(run.name, {}) for run in runs} if len(runs) > 1 else {}
+    sampling = {"rollout": given.pop("rollout")} if "rollout" in given and any(run.rollout for run in runs) else {}
     for stage, settings in own.items():
         if not isinstance(settings, Mapping):
             raise ConfigError(
                 f"{place}: {stage}={settings!r}: {stage} is a stage of this recipe, expected {stage}.key=value, for "
                 f"instance {stage}.optimiser.learning_rate=1e-4."
             )
-    planned = tuple(run.override(_merged(given, own.get(run.name, {})), place) for run in runs)
+    planned = tuple(
+        run.override(_merged(given | (sampling if run.rollout else {}), own.get(run.name, {})), place) for run in runs
+    )
     for before, after in zip(runs, planned, strict=True):
-        if before.model.adapter == PREVIOUS != after.model.adapter:
+        stage = before.model.adapter is not None and (before.model.adapter + STAGE).startswith((PREVIOUS, STAGE))
+        if stage and before.model.adapter != after.model.adapter:
             raise ConfigError(
-                f"{place}: model.adapter={after.model.adapter!r}: stage {before.name!r} starts from the stage before "
-                "it. Give it to the first stage alone, as STAGE.model.adapter=FOLDER."
+                f"{place}: model.adapter={after.model.adapter!r}: stage {before.name!r} starts from an earlier "
+                "stage. Give it to the first stage alone, as STAGE.model.adapter=FOLDER."
             )
-    check_stages(planned, place)
-    return planned
+    kept = _used(runs, planned)
+    check_stages(kept, place)
+    return kept
+
+
+def _used(recipe: Sequence[Run], planned: Sequence[Run]) -> tuple[Run, ...]:
+    """Leave out reward models that the recipe trains for a later stage and that the overrides put out of use."""
+
+    def wanted(runs: Sequence[Run]) -> set[str]:
+        named = {value.removeprefix(STAGE) for run in runs for value in run.earlier().values()}
+        return named | {before.name for before, run in pairwise(runs) if PREVIOUS in run.earlier().values()}
+
+    unused = wanted(recipe) - wanted(planned)
+    return tuple(run for run in planned if not (run.trains_reward and run.name in unused))
 
 
 def check_stages(runs: Sequence[Run], place: str) -> None:
     """Refuse stages that cannot share one base and one dataset.
 
     Raises:
-        ConfigError: names the setting in which they differ, or a first stage that starts from the one before it.
+        ConfigError: names the setting in which they differ, or a stage that starts from one that is not before it.
     """
     first = runs[0]
-    if first.model.adapter == PREVIOUS:
-        raise ConfigError(
-            f"{place}: model.adapter={PREVIOUS!r} in the first stage: there is none before it. Name a folder."
-        )
+    for n, run in enumerate(runs):
+        before = [one.name for one in runs[:n]]
+        for key, value in run.earlier().items():
+            if value == PREVIOUS and not before:
+                raise ConfigError(
+                    f"{place}: {key}={PREVIOUS!r} in the first stage: there is none before it. Name a folder."
+                )
+            if value.startswith(STAGE) and value.removeprefix(STAGE) not in before:
+                raise ConfigError(
+                    f"{place}: {key}={value!r}: no stage of that name comes before {run.name!r}, expected one of "
+                    f"{', '.join(before) or 'none'}. Name it, or a folder."
+                )
     for run in runs[1:]:
         ours, theirs = first.decisive(), run.decisive()
         shared = [key for key in {**ours, **theirs} if key.startswith("data.")]

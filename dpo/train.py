@@ -28,10 +28,12 @@ from dpo.errors import DPOError, TrainingError
 from dpo.losses import MovesReference, Objective
 from dpo.metrics import Ledger
 from dpo.model.base import Base, LanguageModel, Role
+from dpo.model.episodes import Item
 from dpo.model.reference import Reference, ReferenceLogps
 from dpo.model.views import (
-    MovingReference,
+    FreshReference,
     concatenate,
+    examples_in,
     keys,
     largest_drift,
     log_ratios,
@@ -42,7 +44,8 @@ from dpo.model.views import (
     with_policy_logps,
 )
 from dpo.sinks import Sink
-from dpo.types import LossInput, LossOutput, PairLogps
+from dpo.sources import Dataset, Judges, RolloutConfig, Rollouts, Source, refuse_drift
+from dpo.types import LossInput, LossOutput
 
 log = logging.getLogger("dpo")
 
@@ -52,9 +55,10 @@ MAX_SKIPPED = 3
 MAX_SKIPPED_SCALED = 20
 """The same in float16, where overflows are how the loss scale finds its height: 20 halvings of 65,536 end below 1."""
 
-POLICY: Role = "policy"
 MOVING: Role = "moving"
-"""Folders of the weights in a checkpoint, apart from the optimizer's tensors."""
+
+ROLLOUT = "rollout"
+"""The tensors and the state, in a checkpoint, of the rollout that is being learned from."""
 
 SECONDS_BETWEEN_LINES = 30
 """Where there is no terminal for a progress bar, a line of the log says so often how far the run is."""
@@ -104,7 +108,12 @@ class Loop(BaseModel):
     save_total_limit: Annotated[int, Field(ge=1)] = 2
     """Checkpoints to keep."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    """Of the adapter's start, the order of examples and dropout."""
+    """Of the adapter's start, the order of examples, sampling and dropout."""
+
+    @property
+    def batch(self) -> int:
+        """Examples of one optimiser step."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps
 
 
 def learning_rate(settings: Optimiser, step: int, steps: int) -> float:
@@ -154,6 +163,19 @@ class Outcome:
     progress: Progress
     evaluated: LossInput | None
     """The log-probs of all held-out examples at the end, or None without any."""
+    stopped_early: bool = False
+    """Whether the KL budget ended the training."""
+
+
+@final
+@dataclass(frozen=True)
+class OnPolicy:
+    """What a run needs that learns from the policy's own completions."""
+
+    config: RolloutConfig
+    judges: Judges
+    demonstrations: Sequence[Example] = ()
+    """For objectives that ask for them."""
 
 
 def train(
@@ -168,6 +190,7 @@ def train(
     folder: Path,
     identity: Mapping[str, str],
     sinks: Sequence[Sink] = (),
+    on_policy: OnPolicy | None = None,
 ) -> Outcome:
     """Train the policy of `model`, going on from the newest checkpoint in `folder` where there is one.
 
@@ -175,22 +198,42 @@ def train(
         model: the policy and what stands with it on one base.
         reference: its reference log-probs, shared by all runs from the same start.
         objective: maps a batch's log-probs to its loss.
-        train_examples: in the view that `objective` names.
-        eval_examples: likewise, held out; may be empty.
+        train_examples: in the view that `objective` names; with `on_policy` the prompts to sample for.
+        eval_examples: in that view, held out; may be empty.
         optimiser: how parameters move.
         loop: how long and in which portions.
         folder: of this run: metrics.jsonl, performance.jsonl, checkpoints/.
         identity: what a checkpoint must agree in to be gone on from (hashes of settings and data).
         sinks: where rows are shown beside the ledger.
+        on_policy: how completions are sampled and judged; None trains on the examples themselves.
 
     Raises:
         CheckpointError: the checkpoints there belong to another run, or are all damaged.
         TrainingError: the policy does not start at its reference, or the numbers stay not finite.
     """
-    batch = loop.per_device_train_batch_size * loop.gradient_accumulation_steps
-    plan = Plan.of(len(train_examples), batch, loop.num_train_epochs, loop.max_steps, loop.seed)
-    run = _Run(model, reference, objective, optimiser, loop, folder, identity, plan)
-    return run.go(train_examples, eval_examples, sinks)
+    read: list[Example] = []
+    if on_policy is None:
+        plan = Plan.of(len(train_examples), loop.batch, loop.num_train_epochs, loop.max_steps, loop.seed)
+        source: Source = Dataset(train_examples, plan)
+        # All that the WHOLE run reads, also after a resume: values depend in their last bits on what was scored
+        # together, and a resumed run must find the same ones.
+        read = [train_examples[i] for i in sorted({i for step in range(plan.steps) for i in plan.indices(step)})]
+    else:
+        source = Rollouts(
+            model,
+            objective,
+            on_policy.config,
+            train_examples,
+            on_policy.demonstrations,
+            on_policy.judges,
+            batch=loop.batch,
+            epochs=loop.num_train_epochs,
+            max_steps=loop.max_steps,
+            seed=loop.seed,
+            division=replace(division(loop, loop.per_device_eval_batch_size, model.base, objective), scored=1),
+        )
+    run = _Run(model, reference, objective, optimiser, loop, folder, identity, source)
+    return run.go(read, eval_examples, sinks)
 
 
 class _Run:
@@ -205,12 +248,12 @@ class _Run:
         loop: Loop,
         folder: Path,
         identity: Mapping[str, str],
-        plan: Plan,
+        source: Source,
     ) -> None:
         from accelerate import Accelerator
 
         self.model, self.reference, self.objective = model, reference, objective
-        self.settings, self.loop, self.plan = optimiser, loop, plan
+        self.settings, self.loop, self.source = optimiser, loop, source
         self.folder, self.identity = folder, identity
         self.checkpoints = folder / "checkpoints"
         self.accelerator = Accelerator(
@@ -221,29 +264,29 @@ class _Run:
         self._eval_parts = 1
         self._scaled = self.accelerator.scaler is not None  # float16: an overflow lowers the scale, and is no fault
         self._moves = objective if isinstance(objective, MovesReference) else None
-        self._compared: Reference = reference if self._moves is None else MovingReference(model)
+        self._compared: Reference = reference
         """Whom training compares the policy with. Evaluation compares it with the reference, as for all objectives."""
+        if self._moves is not None:
+            self._compared = FreshReference(model, MOVING)
+        elif isinstance(source, Rollouts):
+            self._compared = FreshReference(model, "reference")
 
-    def go(self, train_examples: Sequence[Example], eval_examples: Sequence[Example], sinks: Sequence[Sink]) -> Outcome:
+    def go(self, read: Sequence[Example], eval_examples: Sequence[Example], sinks: Sequence[Sink]) -> Outcome:
+        """Train; `read` are the examples that are known beforehand."""
         with closing(Ledger(self.folder)) as ledger:
             self._resume()
             ledger.rewind(self.progress.step)
-            if self.objective.needs_reference:
-                # All that the WHOLE run reads, also after a resume: values depend in their last bits on what was
-                # scored together, and a resumed run must find the same ones.
-                read = sorted({i for step in range(self.plan.steps) for i in self.plan.indices(step)})
-                trained = [] if self._moves else [train_examples[i] for i in read]
-                self.reference.prepare(keys([*trained, *eval_examples]), progress=True)
-            if self.progress.step == 0 and self.objective.needs_reference:
-                self._check_start(train_examples)
-            evaluated = self._advance(train_examples, eval_examples, ledger, sinks)
+            if scored := [*([] if self._moves else read), *eval_examples] if self.objective.needs_reference else []:
+                self.reference.prepare(keys(scored), progress=True)
+            if self.progress.step == 0 and self.objective.needs_reference and read:
+                self._check_start()
+            evaluated = self._advance(eval_examples, ledger, sinks)
         if evaluated is None and eval_examples:  # resumed behind the last evaluation
             evaluated = self._score(eval_examples)
-        return Outcome(self.progress, evaluated)
+        return Outcome(self.progress, evaluated, self.source.spent)
 
     def _advance(
         self,
-        train_examples: Sequence[Example],
         eval_examples: Sequence[Example],
         ledger: Ledger,
         sinks: Sequence[Sink],
@@ -258,40 +301,47 @@ class _Run:
             for sink in sinks:
                 sink.log(row)
 
-        with closing(_Voice(type(self.objective).__name__, progress.step, self.plan.steps)) as voice:
-            while progress.step < self.plan.steps:
-                batch = [train_examples[i] for i in self.plan.indices(progress.step)]
-                values = self._timed_step(batch)
+        with closing(_Voice(type(self.objective).__name__, progress.step, self.source.steps)) as voice:
+            while progress.step < self.source.steps:
+                before = progress.step
+                batch, told = self.source.batch(before)
+                if self.source.spent:
+                    log.warning(
+                        "the training ends at step %d of %d: the KL to the reference is %.1f nats a completion, above "
+                        "rollout.kl_budget", before, self.source.steps, told["kl/policy_reference"],
+                    )  # fmt: skip
+                    break
+                values = {**told, **self._timed_step(batch)}
+                progress.step = self.source.after(before, values.get("policy/approx_kl"))
                 report("train", values)
                 voice.say(progress.step, values)
                 self._stop_if_stuck(batch)
-                last = progress.step == self.plan.steps
-                if eval_examples and (last or _every(self.loop.eval_steps, progress.step)):
+                last = progress.step == self.source.steps
+                if eval_examples and (last or _every(self.loop.eval_steps, before, progress.step)):
                     evaluated = self._score(eval_examples)
                     report("eval", eval_metrics(self.objective(evaluated)))
-                if last or _every(self.loop.save_steps, progress.step):
+                if last or _every(self.loop.save_steps, before, progress.step):
                     ledger.sync()  # every row of a step is on disk before its checkpoint
                     self._save()
         return evaluated
 
-    def _timed_step(self, batch: Sequence[Example]) -> dict[str, float]:
-        """Do one optimiser step and count it; return its metrics."""
+    def _timed_step(self, batch: Sequence[Item]) -> dict[str, float]:
+        """Do one optimiser step and count what it read; return its metrics."""
         began = time.monotonic()
         values, updated = self._step(batch)
         seconds = time.monotonic() - began
-        self.progress.step += 1
         self.progress.examples_seen += len(batch)
         self.progress.tokens_seen += tokens(batch)
         self.progress.skipped += not updated
         self.progress.skipped_in_a_row = 0 if updated else self.progress.skipped_in_a_row + 1
         return values | {
-            "train/epoch": self.progress.examples_seen / self.plan.examples,
+            "train/epoch": self.progress.examples_seen / self.source.examples,
             "time/step_seconds": seconds,
             "tokens_per_second": tokens(batch) / seconds,
             "memory/peak": peak_memory(self.model.device),
         }
 
-    def _stop_if_stuck(self, batch: Sequence[Example]) -> None:
+    def _stop_if_stuck(self, batch: Sequence[Item]) -> None:
         limit = MAX_SKIPPED_SCALED if self._scaled else MAX_SKIPPED
         if self.progress.skipped_in_a_row < limit:
             return
@@ -319,9 +369,9 @@ class _Run:
             "time/seconds": self.progress.seconds,
         }
 
-    def _step(self, batch: Sequence[Example]) -> tuple[dict[str, float], bool]:
+    def _step(self, batch: Sequence[Item]) -> tuple[dict[str, float], bool]:
         """Do one optimiser step; return its metrics and whether its numbers were finite."""
-        rate = learning_rate(self.settings, self.progress.step, self.plan.steps)
+        rate = learning_rate(self.settings, self.progress.step, self.source.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.model.training(True)
@@ -351,7 +401,7 @@ class _Run:
         self.optimizer.zero_grad()
         return values, finite
 
-    def _accumulate(self, batch: Sequence[Example], micro_batches: list[list[int]]) -> tuple[float, LossInput]:
+    def _accumulate(self, batch: Sequence[Item], micro_batches: list[list[int]]) -> tuple[float, LossInput]:
         """Add up the gradient of an optimiser step; return its loss and its record."""
         self.optimizer.zero_grad()
         mean = self.progress.mean_log_ratio
@@ -362,13 +412,31 @@ class _Run:
         for indices in micro_batches:
             share = len(indices) / len(batch)  # every example weighs the same, whatever its micro-batch
             records.append(self._view(batch, indices))
-            out = self._lose(replace(records[-1], **whole))
+            record = replace(records[-1], **whole)
+            if self.objective.needs_values:
+                loss += share * self._backward_by_role(record, share)
+                continue
+            out = self._lose(record)
             self.accelerator.backward(out.loss * share)
             loss += share * out.loss.item()
         return loss, replace(concatenate(records, micro_batches), **whole)
 
+    def _backward_by_role(self, record: Any, share: float) -> float:
+        """Do the backward pass of policy and value, each in its own role: with gradient checkpointing it runs the
+        forward pass again, which must find the same adapter turned on. Return the loss.
+        """
+        given = policy_logps(record)
+        leaves = {name: one.detach().requires_grad_() for name, one in given.items()}
+        out = self._lose(with_policy_logps(record, leaves))
+        factors = torch.autograd.grad(out.loss * share, list(leaves.values()), allow_unused=True)
+        for (name, logps), factor in zip(given.items(), factors, strict=True):
+            if factor is not None:
+                with self.model.role("value" if name == "value" else "policy"):
+                    self.accelerator.backward((logps * factor).sum())
+        return out.loss.item()
+
     def _accumulate_coupled(
-        self, batch: Sequence[Example], micro_batches: list[list[int]], whole: Mapping[str, Tensor]
+        self, batch: Sequence[Item], micro_batches: list[list[int]], whole: Mapping[str, Tensor]
     ) -> tuple[float, LossInput]:
         """Do the same where an example's loss depends on the others: exactly, with a second forward pass.
 
@@ -416,7 +484,7 @@ class _Run:
                 f"objective {name}: its call failed with {type(error).__name__}: {error}. Mend it; "
                 f"dpo.losses.testing.check({name}()) says more, and --debug shows where."
             ) from error
-        size = len(record.chosen_length if isinstance(record, PairLogps) else record.length)
+        size = examples_in(record)
         if (got := (tuple(out.loss.shape), tuple(out.losses.shape))) != ((), (size,)):
             raise TrainingError(
                 f"objective {name}: got loss and losses of shapes {got[0]} and {got[1]}, expected () and ({size},): "
@@ -424,32 +492,27 @@ class _Run:
             )
         return out
 
-    def _view(self, batch: Sequence[Example], indices: Sequence[int]) -> Any:
+    def _view(self, batch: Sequence[Item], indices: Sequence[int]) -> Any:
         return view(self.model, self._compared, self.objective, [batch[n] for n in indices])
 
-    def _check_start(self, examples: Sequence[Example]) -> None:
-        """Refuse a policy that is not its reference before the first update: every objective would start wrong."""
+    def _check_start(self) -> None:
+        """Refuse a policy that is not its reference before the first update, as far as examples are known by then."""
         if not self.model.starts_at_reference:
             return
-        batch = [examples[i] for i in self.plan.indices(0)][: self.loop.per_device_train_batch_size]
-        drift = largest_drift(self._score(batch))
-        tolerance = START_TOLERANCE[self.model.dtype]
-        log.info("reference: %s; at step 0 within %.1e nats a token", self.model.reference_is, drift)
-        if not drift <= tolerance:
-            raise TrainingError(
-                f"At step 0 the policy differs from its reference by {drift:.3g} nats a token, expected at most "
-                f"{tolerance:g}. The reference is {self.model.reference_is}. Something makes them different models: an "
-                "adapter that does not start at zero, dropout in the base, or weights changed after loading."
-            )
+        batch: Any = self.source.batch(0)[0][: self.loop.per_device_train_batch_size]
+        refuse_drift(self.model, largest_drift(self._score(batch)))
 
     def _save(self) -> None:
         optimizer, layout = checkpoint.optimizer_tensors(self.optimizer.optimizer)
+        sampled, rollout = self.source.state()
         state: dict[str, Any] = {
             "progress": asdict(self.progress),
             "identity": dict(self.identity),
             "optimizer": layout,
             "scaler": None if self.accelerator.scaler is None else self.accelerator.scaler.state_dict(),
+            ROLLOUT: rollout,
         }
+        tensors = {"optimizer": optimizer, "random": checkpoint.rng_tensors(self.model.device)}
 
         def save_policy(folder: Path) -> None:
             for name in self._kept_roles():
@@ -459,14 +522,14 @@ class _Run:
         checkpoint.save(
             self.checkpoints,
             self.progress.step,
-            tensors={"optimizer": optimizer, "random": checkpoint.rng_tensors(self.model.device)},
+            tensors=tensors | ({ROLLOUT: sampled} if sampled else {}),
             state=state,
             files=save_policy,
             keep=self.loop.save_total_limit,
         )
 
     def _kept_roles(self) -> tuple[Role, ...]:
-        return (POLICY,) if self._moves is None else (POLICY, MOVING)
+        return (*self.model.trained, *(() if self._moves is None else (MOVING,)))
 
     def _resume(self) -> None:
         found = checkpoint.newest(self.checkpoints)
@@ -487,17 +550,15 @@ class _Run:
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(dict(state["scaler"]))
         checkpoint.restore_rng(point.tensors("random"), self.model.device)
+        if state[ROLLOUT] is not None:
+            self.source.restore(point.tensors(ROLLOUT) if ROLLOUT in point.names else {}, state[ROLLOUT])
         self.progress = Progress(**state["progress"])
-        log.info("going on from step %d of %d (%s)", self.progress.step, self.plan.steps, point.path)
-
-
-START_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
-"""Largest |policy - reference| a token at step 0, in nats: the rounding of different batch shapes, no more."""
+        log.info("going on from step %d of %d (%s)", self.progress.step, self.source.steps, point.path)
 
 
 def division(loop: Loop, size: int, base: Base, objective: Objective, parts: int = 1) -> Division:
     """Return how examples are divided: `size` at once, or by the loop's tokens."""
-    scored = 2 if objective.view == "pairs" else 1
+    scored = {"pairs": 2, "comparisons": 2, "rankings": None}.get(objective.view, 1)
     return Division(size, loop.per_device_max_tokens, base.layout == "padded", scored, parts)
 
 
@@ -560,8 +621,9 @@ def _build_optimizer(settings: Optimiser, parameters: list[torch.nn.Parameter]) 
     return {"adamw_8bit": AdamW8bit, "paged_adamw_8bit": PagedAdamW8bit}[settings.name](parameters, **common)
 
 
-def _every(steps: int | None, step: int) -> bool:
-    return steps is not None and step % steps == 0
+def _every(steps: int | None, before: int, after: int) -> bool:
+    """Tell whether a multiple of `steps` was reached or passed on the way from `before` to `after`."""
+    return steps is not None and after // steps > before // steps
 
 
 @final
@@ -572,18 +634,22 @@ class _Voice:
         self._bar = tqdm(total=total, initial=done, desc=name, unit="step", disable=None)
         self._name, self._done, self._total = name, done, total
         self._began = self._spoke = time.monotonic()
+        self._watched: dict[str, float] = {}
 
     def say(self, step: int, values: Mapping[str, float]) -> None:
-        loss, margin = values["train/loss"], values.get("reward/margin", math.nan)
+        loss = values["train/loss"]
+        self._watched |= {name: values[name] for name in ("reward/margin", "rollout/score") if name in values}
+        name, watched = next(reversed(self._watched.items()), ("reward/margin", math.nan))
+        name = name.partition("/")[2]
         if not self._bar.disable:
-            self._bar.set_postfix(loss=f"{loss:.4f}", margin=f"{margin:.3f}")
-            self._bar.update()
+            self._bar.set_postfix({"loss": f"{loss:.4f}", name: f"{watched:.3f}"})
+            self._bar.update(step - self._bar.n)
         elif (now := time.monotonic()) - self._spoke >= SECONDS_BETWEEN_LINES:
             self._spoke = now
             left = (now - self._began) / (step - self._done) * (self._total - step)
             log.info(
-                "%s: step %d of %d, loss %.4f, margin %.3f, about %.0f s left",
-                self._name, step, self._total, loss, margin, left,
+                "%s: step %d of %d, loss %.4f, %s %.3f, about %.0f s left",
+                self._name, step, self._total, loss, name, watched, left,
             )  # fmt: skip
 
     def close(self) -> None:

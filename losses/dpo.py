@@ -4,10 +4,9 @@ from dataclasses import dataclass
 from typing import final
 
 import torch
-from torch.nn.functional import logsigmoid
 
 from dpo.losses.objective import Number, PairObjective, require_number
-from dpo.losses.reduce import expected_loss, log_ratios, pair_output
+from dpo.losses.reduce import log_ratios, logistic_loss, pair_output
 from dpo.types import LossOutput, PairLogps
 
 
@@ -37,5 +36,5 @@ class DPO(PairObjective):
         """Map a batch of pairs to its loss; the rewards are β r."""
         chosen, rejected = (self.beta * r for r in log_ratios(logps))
         z = chosen - rejected
-        losses = expected_loss(logps, -logsigmoid(z), -logsigmoid(-z))
+        losses = logistic_loss(logps, z)
         return pair_output(logps, losses, torch.stack([chosen, rejected], dim=1))

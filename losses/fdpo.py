@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid, relu
 
 from dpo.losses.objective import Number, PairObjective, require_number, require_one_of
-from dpo.losses.reduce import expected_loss, log_ratios, pair_output
+from dpo.losses.reduce import log_ratios, logistic_loss, pair_output
 from dpo.types import LossOutput, PairLogps
 
 Divergence = Literal["forward_kl", "reverse_kl", "js", "alpha"]
@@ -39,7 +39,7 @@ class FDPO(PairObjective):
 
     beta: Number = 0.1
     """Strength of the pull to the reference (> 0): larger keeps the policy closer to it."""
-    divergence: Divergence = "forward_kl"
+    divergence: Divergence = "js"
     """What measures the distance to the reference. "reverse_kl" is DPO and seeks modes; "forward_kl" covers all that
     the reference does, and pulls e^-r times as hard where a likelihood has fallen; "js" and "alpha" lie between."""
     alpha: Number = 0.5
@@ -58,7 +58,7 @@ class FDPO(PairObjective):
         """Map a batch of pairs to its loss; the rewards are β g(r)."""
         chosen, rejected = (self.beta * self._derivative(r) for r in log_ratios(logps))
         z = chosen - rejected
-        losses = expected_loss(logps, -logsigmoid(z), -logsigmoid(-z))
+        losses = logistic_loss(logps, z)
         return pair_output(logps, losses, torch.stack([chosen, rejected], dim=1))
 
     def _derivative(self, r: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:

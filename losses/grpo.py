@@ -27,7 +27,8 @@ class GRPO(RolloutObjective):
     mean advantage: 0 for "sequence", and for the others where the lengths are equal.
 
     k3 in the LOSS is not the penalty of PPO and RLOO: on samples of the policy its gradient is that of the forward
-    KL(π_ref || π), and the optimum is another one than π_ref exp(score / β) / Z.
+    KL(π_ref || π), and the optimum is another one than π_ref exp(score / β) / Z: for a single token
+    π = β π_ref / (λ - score), λ such that it adds up to 1. The mean over the group's own K scores makes β count K / (K - 1) times.
 
     Paper: arXiv:2402.03300, eq. 3.
     Differs: the paper's mean over completions of token means ("sequence") favours short good completions and long bad
@@ -72,7 +73,7 @@ class GRPO(RolloutObjective):
             )
         object.__setattr__(self, "needs_reference", self.kl_coefficient > 0)
 
-    def credit(self, rollout: Rollout, kl_coefficient: float) -> Rollout:  # noqa: ARG002  (the KL is in the loss)
+    def credit(self, rollout: Rollout, kl_coefficient: Number) -> Rollout:  # noqa: ARG002  (the KL is in the loss)
         """Return the rollout with each completion's advantage, the same at all of its tokens.
 
         Raises:

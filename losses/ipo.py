@@ -24,11 +24,12 @@ class IPO(PairObjective):
     Paper: arXiv:2310.12036, eq. 17.
     Differs: eq. 17 is the "sum" with p = 1; "mean" is what its authors use for language models. The two do not share
     a good τ: under "mean" the margin t is a gap in nats per TOKEN, and the 5 that τ = 0.1 asks for is out of reach, so
-    that the loss pushes almost linearly; τ from 0.5 to 1 sets a margin that training can meet.
+    that the loss pushes almost linearly; τ from 0.5 to 1 sets a margin that training can meet: here 0.5 is the default.
     """
 
-    tau: Number = 0.1
-    """Strength of the pull to the reference (> 0): larger asks for a smaller margin 1 / (2τ)."""
+    tau: Number = 0.5
+    """Strength of the pull to the reference (> 0): larger asks for a smaller margin 1 / (2τ), in nats a token under
+    "mean". Where τ is 0.1 elsewhere, as for "sum", the margin is 5."""
     reduction: Reduction = "mean"
     """Compare log-ratios per token ("mean", length-neutral) or per completion ("sum", the paper's bandit form)."""
 

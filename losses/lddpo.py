@@ -6,10 +6,9 @@ from typing import final
 import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
-from torch.nn.functional import logsigmoid
 
 from dpo.losses.objective import Number, PairObjective, require_number
-from dpo.losses.reduce import expected_loss, pair_output, require_field
+from dpo.losses.reduce import logistic_loss, pair_output, require_field
 from dpo.types import LossOutput, PairLogps, TokenLogps
 
 
@@ -46,7 +45,7 @@ class LDDPO(PairObjective):
         sides = {"chosen_tokens": logps.chosen_tokens, "rejected_tokens": logps.rejected_tokens}
         chosen, rejected = (self.beta * self._weighed(tokens, shared, name) for name, tokens in sides.items())
         z = chosen - rejected
-        losses = expected_loss(logps, -logsigmoid(z), -logsigmoid(-z))
+        losses = logistic_loss(logps, z)
         return pair_output(logps, losses, torch.stack([chosen, rejected], dim=1))
 
     def _weighed(

@@ -100,7 +100,7 @@ class RolloutObjective(Objective):
     """Reward lost per nat of KL(policy || reference) (>= 0)."""
 
     @abstractmethod
-    def credit(self, rollout: Rollout, kl_coefficient: float) -> Rollout:
+    def credit(self, rollout: Rollout, kl_coefficient: Number) -> Rollout:
         """Return a whole rollout, before its first update, with `advantage` (and `value_target`) filled in."""
 
     @abstractmethod

@@ -92,7 +92,7 @@ class PPO(RolloutObjective, AdaptsKL):
                 )
         object.__setattr__(self, "needs_demonstrations", self.ptx_coefficient > 0)
 
-    def credit(self, rollout: Rollout, kl_coefficient: float) -> Rollout:
+    def credit(self, rollout: Rollout, kl_coefficient: Number) -> Rollout:
         """Return the rollout with each token's advantage and value target."""
         mask = rollout.completion_mask
         reference = require_field(rollout.reference, "Rollout.reference", "PPO.needs_reference").detach()

@@ -4,10 +4,9 @@ from dataclasses import dataclass
 from typing import final
 
 import torch
-from torch.nn.functional import logsigmoid
 
 from dpo.losses.objective import Number, PairObjective, require_number
-from dpo.losses.reduce import expected_loss, log_ratios, pair_output
+from dpo.losses.reduce import log_ratios, logistic_loss, pair_output
 from dpo.types import LossOutput, PairLogps
 
 
@@ -46,5 +45,5 @@ class RDPO(PairObjective):
             for r, length in zip(log_ratios(logps), lengths, strict=True)
         )
         z = chosen - rejected
-        losses = expected_loss(logps, -logsigmoid(z), -logsigmoid(-z))
+        losses = logistic_loss(logps, z)
         return pair_output(logps, losses, torch.stack([chosen, rejected], dim=1))

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import TypeVar
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
@@ -130,34 +130,54 @@ def ranking_output(scores: RankingScores, losses: Float[Tensor, " prompts"]) -> 
     "chosen" is each prompt's best completion, "rejected" its worst; ties at either end are averaged. The accuracy is
     over all comparisons of unequal rank, a tie of scores counting 1/2, and each prompt weighs the same.
     """
-    rewards = scores.scores.detach()
-    members = scores.prompt_index == torch.arange(len(losses), device=rewards.device).unsqueeze(1)
-    rank = scores.rank.expand_as(members)
-    best = members & (rank == rank.masked_fill(~members, len(rewards)).amin(1, keepdim=True))
-    worst = members & (rank == rank.masked_fill(~members, -1).amax(1, keepdim=True))
-    chosen, rejected = ((rewards * side).sum(1) / side.sum(1) for side in (best, worst))
+    rewards, index = scores.scores.detach(), scores.prompt_index
+    chosen, rejected = (
+        _prompt_mean(rewards, index, len(losses), scores.rank == _extreme(scores, len(losses), how)[index])
+        for how in ("amin", "amax")
+    )
     first, second = comparisons(scores)
     right = ((rewards[first] - rewards[second]).sign() + 1) / 2
-    index = scores.prompt_index[first]
-    total, count = (right.new_zeros(len(losses)).index_add(0, index, one) for one in (right, torch.ones_like(right)))
-    compared = count > 0
+    accuracy = _prompt_mean(right, index[first], len(losses), torch.ones_like(right))
     metrics = {
         "reward/chosen": chosen.mean(),
         "reward/rejected": rejected.mean(),
         "reward/margin": (chosen - rejected).mean(),
-        "reward/accuracy": (total[compared] / count[compared]).mean(),
+        "reward/accuracy": accuracy[~accuracy.isnan()].mean(),  # a prompt without a comparison says nothing
     }
     return _output(losses, scores.weight, rewards, metrics)
+
+
+def _extreme(scores: RankingScores, prompts: int, how: str) -> Int[Tensor, " prompts"]:
+    """Return each prompt's first or last place."""
+    start = torch.zeros(prompts, dtype=scores.rank.dtype, device=scores.rank.device)
+    return start.scatter_reduce(0, scores.prompt_index, scores.rank, reduce=how, include_self=False)
+
+
+def _prompt_mean(
+    values: Float[Tensor, " items"], index: Int[Tensor, " items"], prompts: int, kept: Shaped[Tensor, " items"]
+) -> Float[Tensor, " prompts"]:
+    """Return the mean of each prompt's values that are kept; NaN where there is none."""
+    total, count = (
+        values.new_zeros(prompts).index_add(0, index, one) for one in (values * kept, kept.to(values.dtype))
+    )
+    return total / count
 
 
 def comparisons(scores: RankingScores) -> tuple[Int[Tensor, " comparisons"], Int[Tensor, " comparisons"]]:
     """Return, for every comparison within a prompt, the indices of the better completion and of the worse.
 
-    Completions of equal rank are not compared.
+    Completions of equal rank are not compared. Work grows with the completions times the most of one prompt.
     """
-    same = scores.prompt_index.unsqueeze(1) == scores.prompt_index
-    better, worse = (same & (scores.rank.unsqueeze(1) < scores.rank)).nonzero().unbind(1)
-    return better, worse
+    index, rank = scores.prompt_index, scores.rank
+    most = int(torch.bincount(index).max()) if len(index) else 0
+    found: list[Tensor] = []
+    for apart in range(1, most):  # those of one prompt stand together
+        first = (index[apart:] == index[:-apart]).nonzero().squeeze(1)
+        found.append(torch.stack([first, first + apart]))
+    pairs = torch.cat(found, dim=1) if found else index.new_zeros(2, 0)
+    left, right = pairs[:, rank[pairs[0]] != rank[pairs[1]]]
+    swap = rank[left] > rank[right]
+    return torch.where(swap, right, left), torch.where(swap, left, right)
 
 
 def rollout_output(

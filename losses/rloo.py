@@ -40,7 +40,7 @@ class RLOO(RolloutObjective):
         require_number(self, "kl_coefficient", at_least=0)
         require_number(self, "clip", above=0, below=1)
 
-    def credit(self, rollout: Rollout, kl_coefficient: float) -> Rollout:
+    def credit(self, rollout: Rollout, kl_coefficient: Number) -> Rollout:
         """Return the rollout with each completion's advantage, the same at all of its tokens.
 
         Raises:

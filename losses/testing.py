@@ -3,18 +3,21 @@
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from dpo.losses.objective import Objective
-from dpo.types import JudgementLogps, LossInput, LossOutput, PairLogps, TokenLogps
+from dpo.losses.objective import AdaptsKL, Objective, RolloutObjective
+from dpo.types import JudgementLogps, LossInput, LossOutput, PairLogps, RankingScores, Rollout, TokenLogps
+
+Record = TypeVar("Record", bound=LossInput)
 
 BATCH = 6
 """Examples in a test batch: it splits unevenly, and both parts hold both labels."""
 EXTREME = 1e4
-"""A log-ratio in nats far beyond what training meets; exponentials of it overflow, losses must not."""
+"""A log-ratio in nats, or a score, far beyond what training meets; exponentials of it overflow, losses must not."""
 METRIC_NAME = re.compile(r"[a-z0-9_]+(/[a-z0-9_]+)+")
 PAIR_SIGNS = {"policy_chosen": -1.0, "policy_rejected": 1.0}
 REFERENCE_FIELDS = (
@@ -24,10 +27,19 @@ REFERENCE_FIELDS = (
     "policy_mismatched",
     "reference_mismatched",
     "mean_log_ratio",
+    "sampler",
+    "sampler_value",
+    "advantage",
+    "value_target",
 )
-"""Fields that hold constants: the reference, and what a reference point is estimated from."""
-STEP_FIELDS = ("policy_mismatched", "reference_mismatched", "mean_log_ratio")
+"""Fields that hold constants: the reference, what a reference point is estimated from, the policy at sampling, and the
+credit that it was given."""
+STEP_FIELDS = ("policy_mismatched", "reference_mismatched", "mean_log_ratio", "tokens_per_completion")
 """Fields that belong to the whole optimiser step: every micro-batch's record holds all of them."""
+PROMPT_FIELDS = ("preference", "weight")
+"""Fields of rankings that belong to prompts; the others belong to completions."""
+PLACES = {2: (0, 1), 3: (0, 1, 2), 4: (0, 1, 1, 2)}
+"""Ranks of so many completions in a test batch."""
 TOKEN_FIELDS = {
     "chosen_tokens": ("policy_chosen", "reference_chosen"),
     "rejected_tokens": ("policy_rejected", "reference_rejected"),
@@ -49,10 +61,16 @@ def example_batch(objective: Objective, *, seed: int = 0, drift: float = 1.0, si
     """Return a random float64 record of the kind that `objective` reads.
 
     The policy differs from the reference by a normal variate of deviation `drift` nats; at 0 they are equal. On
-    mismatched completions it is higher by `drift` on average, as a KL divergence is. Labels are certain and weights
-    absent. The fields that the objective does not ask for are None.
+    mismatched completions it is higher by `drift` on average, as a KL divergence is. Scores of rankings are such
+    variates themselves, 0 at 0. In a rollout each token's log-prob and value differ so from those at sampling, and the
+    objective has credited it. Labels are certain and weights absent. The fields that the objective does not ask for
+    are None.
     """
     generator = torch.Generator().manual_seed(seed)
+    if objective.view in ("comparisons", "rankings"):
+        return _ranking([2 if objective.view == "comparisons" else 2 + n % 3 for n in range(size)], generator, drift)
+    if objective.view == "rollouts":
+        return credited(objective, _rollout(objective, generator, drift, size))
 
     def scores() -> tuple[Tensor, Tensor, Tensor]:
         length = torch.randint(1, 40, (size,), generator=generator)
@@ -107,10 +125,58 @@ def _tokens(pair: PairLogps, generator: torch.Generator, collision: bool) -> dic
     }
 
 
-def policy_gradients(objective: Objective, logps: LossInput) -> dict[str, Tensor]:
-    """Return d loss / d log-prob of each policy field that is trained, each (batch,).
+def _ranking(sizes: list[int], generator: torch.Generator, drift: float) -> RankingScores:
+    """Return prompts with so many completions each, in shuffled order, rated on scales of their own."""
+    places = [torch.tensor(PLACES[size])[torch.randperm(size, generator=generator)] for size in sizes]
+    rank = torch.cat(places)
+    index = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    return RankingScores(
+        scores=drift * torch.randn(len(rank), generator=generator, dtype=torch.float64),
+        rank=rank,
+        prompt_index=index,
+        margin=(3 - rank) * (0.5 + index.double() / len(sizes)),
+    )
 
-    Where a record holds tokens as well, a completion's log-prob rises by the same for each of its tokens.
+
+def _rollout(objective: Objective, generator: torch.Generator, drift: float, size: int) -> Rollout:
+    """Return completions, two or three a prompt and none beside another of its prompt, that nobody has credited."""
+    length = torch.randint(1, 12, (size,), generator=generator)
+    mask = torch.arange(int(length.max())) < length.unsqueeze(1)
+
+    def normal() -> Tensor:
+        return torch.randn(mask.shape, generator=generator, dtype=torch.float64) * mask
+
+    sampler = -2 * torch.rand(mask.shape, generator=generator, dtype=torch.float64) * mask
+    policy, reference, sampler_value = sampler + drift * normal(), sampler + drift * normal(), normal()
+    value = sampler_value + drift * normal()
+    demonstration_length = torch.randint(1, 40, (size,), generator=generator)
+    demonstration = -demonstration_length * (0.5 + torch.rand(size, generator=generator, dtype=torch.float64))
+    return Rollout(
+        policy=policy,
+        sampler=sampler,
+        completion_mask=mask,
+        score=torch.randn(size, generator=generator, dtype=torch.float64),
+        prompt_index=torch.arange(size) % (size // 2),
+        reference=reference if objective.needs_reference else None,
+        value=value if objective.needs_values else None,
+        sampler_value=sampler_value if objective.needs_values else None,
+        tokens_per_completion=mask.sum().double() / size,
+        demonstration=demonstration if objective.needs_demonstrations else None,
+        demonstration_length=demonstration_length if objective.needs_demonstrations else None,
+    )
+
+
+def credited(objective: Objective, rollout: Rollout) -> Rollout:
+    """Return the rollout as the objective credits it, with its own KL coefficient."""
+    if not isinstance(objective, RolloutObjective):
+        return rollout
+    return objective.credit(rollout, float(objective.kl_coefficient))
+
+
+def policy_gradients(objective: Objective, logps: LossInput) -> dict[str, Tensor]:
+    """Return d loss / d each field that is trained (log-probs, scores, values), in the field's shape.
+
+    Where a record holds tokens as well as sums, a completion's log-prob rises by the same for each of its tokens.
     """
     leaves = _leaves(logps, *_policy_fields(logps))
     objective(_with(logps, leaves)).loss.backward()
@@ -130,8 +196,47 @@ def is_declared(objective: Objective) -> None:
     _law(f"Paper: {paper}" in text, objective, f"must say 'Paper: {paper}.' in its docstring")
 
 
+def credits_completions(objective: Objective) -> None:
+    """Credit is one finite constant a token, 0 at padding, whatever the rows' order; nothing else changes.
+
+    An objective that adapts its KL coefficient credits by the one that it is given.
+    """
+    if not isinstance(objective, RolloutObjective):
+        return
+    rollout = example_batch(objective)
+    assert isinstance(rollout, Rollout)
+    raw = replace(rollout, advantage=None, value_target=None)
+    before = _each(raw, Tensor.clone)
+    given = credited(
+        objective, replace(raw, **_leaves(raw, "policy", "sampler", "score", "reference", "value", "sampler_value"))
+    )
+    names = ("advantage", "value_target") if objective.needs_values else ("advantage",)
+    shape = raw.policy.shape
+    for name in names:
+        filled = _tensors(given).get(name)
+        fault = "nothing" if filled is None else tuple(filled.shape)
+        message = f"credit must fill {name} with one number a token, {tuple(shape)}, got {fault}"
+        _law(filled is not None and filled.shape == shape, objective, message)
+        credit = _given(filled)
+        _law(not credit.requires_grad, objective, f"{name} must be detached")
+        _law(_finite(credit), objective, f"{name} must be finite, got {credit.tolist()}")
+        _law(not credit[~raw.completion_mask].any(), objective, f"{name} must be 0 at padding, got {credit.tolist()}")
+    order = torch.randperm(BATCH, generator=torch.Generator().manual_seed(1))
+    moved, again = credited(objective, _taken(raw, order)), credited(objective, raw)
+    for name in names:
+        message = f"{name} of a permuted rollout must be the permuted {name}"
+        _same(getattr(moved, name), getattr(again, name)[order], objective, message)
+    for name, tensor in _tensors(before).items():
+        kept = torch.equal(getattr(raw, name), tensor) and torch.equal(getattr(again, name), tensor)
+        _law(kept, objective, f"credit must leave {name} as it is")
+    if isinstance(objective, AdaptsKL):
+        strict = objective.credit(raw, float(objective.kl_coefficient) + 1)
+        differs = not torch.equal(_given(strict.advantage), _given(again.advantage))
+        _law(differs, objective, "credit must follow the KL coefficient that it is given")
+
+
 def keeps_the_precision(objective: Objective) -> None:
-    """Losses and rewards have the dtype of the log-probs."""
+    """Losses and rewards have the dtype of the log-probs or scores."""
     for dtype in (torch.float64, torch.float32):
 
         def cast(tensor: Tensor, dtype: torch.dtype = dtype) -> Tensor:
@@ -161,6 +266,7 @@ def has_detached_metrics(objective: Objective) -> None:
     logps = example_batch(objective)
     out = objective(_with(logps, _leaves(logps, *_policy_fields(logps))))
     shape = (BATCH, 2) if objective.view == "pairs" else (BATCH,)
+    shape = tuple(logps.scores.shape) if isinstance(logps, RankingScores) else shape
     _law(out.rewards.shape == shape, objective, f"rewards: got {tuple(out.rewards.shape)}, expected {shape}")
     _law(not out.rewards.requires_grad, objective, "rewards must be detached")
     for name, value in out.metrics.items():
@@ -173,11 +279,25 @@ def pulls_the_right_way(objective: Objective) -> None:
     """At policy = reference, the loss falls as the better completion rises and the worse one falls.
 
     One side of a pair may rest there, not both; away from the reference each side is trained. An objective of which
-    the first is not true says `pulls_at_reference = False`.
+    the first is not true says `pulls_at_reference = False`. Rankings are tried at equal scores: the loss falls as the
+    best one rises and does not fall as the worst one does. Rollouts are tried where nothing has moved since sampling:
+    the log-prob of each token is pulled the way of its advantage, and each value to its target.
     """
     logps = example_batch(objective, drift=0.0)
+    if objective.pulls_at_reference:
+        if isinstance(logps, RankingScores):
+            _pulls_rankings(objective, logps)
+        elif isinstance(logps, Rollout):
+            _pulls_rollouts(objective, logps)
+        else:
+            _pulls_log_probs(objective, logps)
+    for name, gradient in policy_gradients(objective, example_batch(objective)).items():
+        _law(bool(gradient.any()), objective, f"{name} must be trained: its gradient is 0 for all examples")
+
+
+def _pulls_log_probs(objective: Objective, logps: PairLogps | JudgementLogps) -> None:
     pulls = torch.zeros(BATCH, dtype=torch.float64)
-    for name, gradient in policy_gradients(objective, logps).items() if objective.pulls_at_reference else ():
+    for name, gradient in policy_gradients(objective, logps).items():
         if isinstance(logps, PairLogps):
             sign = torch.full((BATCH,), PAIR_SIGNS[name])
         else:
@@ -188,9 +308,32 @@ def pulls_the_right_way(objective: Objective) -> None:
         _law(bool((gradient * sign >= 0).all()), objective, message)
         pulls += gradient * sign
     message = f"at policy = reference every example must pull at the policy, got {pulls.tolist()}"
-    _law(not objective.pulls_at_reference or bool((pulls > 0).all()), objective, message)
-    for name, gradient in policy_gradients(objective, example_batch(objective)).items():
-        _law(bool(gradient.any()), objective, f"{name} must be trained: its gradient is 0 for all examples")
+    _law(bool((pulls > 0).all()), objective, message)
+
+
+def _pulls_rankings(objective: Objective, ranking: RankingScores) -> None:
+    gradient = policy_gradients(objective, ranking)["scores"]
+    message = f"d loss / d scores at equal scores, for rank {ranking.rank.tolist()}, must be"
+    last = torch.stack([ranking.rank[ranking.prompt_index == n].max() for n in range(BATCH)])[ranking.prompt_index]
+    best, worst = gradient[ranking.rank == 0], gradient[ranking.rank == last]
+    _law(bool((best < 0).all()), objective, f"{message} below 0 for the best, got {gradient.tolist()}")
+    _law(bool((worst >= 0).all()), objective, f"{message} 0 or above for the worst, got {gradient.tolist()}")
+
+
+def _pulls_rollouts(objective: Objective, rollout: Rollout) -> None:
+    gradients = policy_gradients(objective, rollout)
+    wanted = {"policy": -_given(rollout.advantage), "demonstration": -torch.ones(BATCH, dtype=torch.float64)}
+    if rollout.value is not None:
+        wanted["value"] = rollout.value - _given(rollout.value_target)
+    for name, gradient in gradients.items():
+        sign = wanted[name].sign()
+        message = f"d loss / d {name} where nothing has moved since sampling must have the signs {sign.tolist()}"
+        _law(bool((gradient.sign() == sign).all()), objective, f"{message}, got {gradient.tolist()}")
+
+
+def _given(tensor: Tensor | None) -> Tensor:
+    assert tensor is not None, "credits_completions has not been obeyed"
+    return tensor
 
 
 def leaves_the_reference_alone(objective: Objective) -> None:
@@ -206,64 +349,97 @@ def averages_over_examples(objective: Objective) -> None:
     """Each example twice gives the same loss; each in another place gives the same losses there."""
     logps = example_batch(objective)
     out = objective(logps)
-    doubled = objective(_rows(logps, lambda tensor: torch.cat([tensor, tensor])))
+    doubled = objective(_taken(logps, torch.arange(BATCH).repeat(2)))
     _same(doubled.loss, out.loss, objective, "loss of the batch repeated twice must be that of the batch")
     order = torch.randperm(BATCH, generator=torch.Generator().manual_seed(1))
-    moved = objective(_rows(logps, lambda tensor: tensor[order]))
+    moved = objective(_taken(logps, order))
     _same(moved.losses, out.losses[order], objective, "losses of a permuted batch must be the permuted losses")
 
 
+def takes_completions_in_any_order(objective: Objective) -> None:
+    """The order in which a ranking's record holds the completions of a prompt does not matter: their rank tells it."""
+    ranking = example_batch(objective)
+    if not isinstance(ranking, RankingScores):
+        return
+    noise = torch.rand(len(ranking.rank), generator=torch.Generator().manual_seed(1))
+    order = (ranking.prompt_index + noise).argsort()
+    moved = _each(ranking, lambda tensor: tensor[order])
+    message = "losses must not change with the order of a prompt's completions"
+    _same(objective(moved).losses, objective(ranking).losses, objective, message)
+
+
+def ignores_padding(objective: Objective) -> None:
+    """More padding on the right changes no loss, and no credit."""
+    logps = example_batch(objective)
+    padded = _padded(logps)
+    _same(objective(padded).losses, objective(logps).losses, objective, "losses must not change with padding")
+    if isinstance(padded, Rollout):
+        again = credited(objective, replace(padded, advantage=None, value_target=None))
+        message = "advantage must not change with padding"
+        _same(_given(again.advantage), _given(padded.advantage), objective, message)
+
+
 def honours_weights(objective: Objective) -> None:
-    """A weight multiplies its example's loss and gradient; at 0 the example is silent.
+    """A weight multiplies its example's loss and gradient; at 0 the example is silent. Rollouts have no weights.
 
     Where examples are coupled, the gradient of one is not its own loss's alone, and only the losses are compared.
     """
     logps = example_batch(objective)
+    if isinstance(logps, Rollout):
+        return
     weight = torch.linspace(0, 3, BATCH, dtype=torch.float64)  # its mean is not 1: losses divided by it are found out
     weighted = replace(logps, weight=weight)
     _same(objective(weighted).losses, weight * objective(logps).losses, objective, "losses must be weight * losses")
     if objective.batch_coupled:
         return
     plain = policy_gradients(objective, logps)
+    each = weight[logps.prompt_index] if isinstance(logps, RankingScores) else weight
     for name, gradient in policy_gradients(objective, weighted).items():
-        _same(gradient, weight * plain[name], objective, f"gradient by {name} must scale with the weight")
+        _same(gradient, each * plain[name], objective, f"gradient by {name} must scale with the weight")
 
 
 def honours_soft_labels(objective: Objective) -> None:
     """Preference 1 is the certain label; at 1/2, chosen and rejected are interchangeable.
 
-    An objective for certain labels only may refuse any other by raising ValueError, but may not pass over it.
+    In rankings the whole order is turned round, and all are rated alike. An objective for certain labels only may
+    refuse any other by raising ValueError, but may not pass over it.
     """
     logps = example_batch(objective)
-    if not isinstance(logps, PairLogps):
+    if not isinstance(logps, PairLogps | RankingScores):
         return
+    certain = replace(logps, preference=torch.ones(BATCH, dtype=torch.float64))
+    _same(objective(certain).losses, objective(logps).losses, objective, "preference 1 must equal a certain label")
     even = replace(logps, preference=torch.full((BATCH,), 0.5, dtype=torch.float64))
-    exchanged = replace(
-        even,
-        **{
-            "policy_chosen": even.policy_rejected,
-            "policy_rejected": even.policy_chosen,
-            "reference_chosen": even.reference_rejected,
-            "reference_rejected": even.reference_chosen,
-            "chosen_length": even.rejected_length,
-            "rejected_length": even.chosen_length,
-            "chosen_tokens": even.rejected_tokens,
-            "rejected_tokens": even.chosen_tokens,
-        },
-    )
+    if isinstance(even, RankingScores):
+        even = replace(even, margin=torch.zeros_like(even.scores))
     try:
         losses = objective(even).losses
     except ValueError:
         return
-    message = "at preference 1/2, exchanging chosen and rejected must not change the losses (is preference ignored?)"
-    _same(objective(exchanged).losses, losses, objective, message)
-    certain = replace(logps, preference=torch.ones(BATCH, dtype=torch.float64))
-    _same(objective(certain).losses, objective(logps).losses, objective, "preference 1 must equal a certain label")
+    message = "at preference 1/2, exchanging better and worse must not change the losses (is preference ignored?)"
+    _same(objective(_exchanged(even)).losses, losses, objective, message)
+
+
+def _exchanged(logps: PairLogps | RankingScores) -> LossInput:
+    """Return the record with the worse completions as the better ones."""
+    if isinstance(logps, RankingScores):
+        return replace(logps, rank=logps.rank.max() - logps.rank)
+    return replace(
+        logps,
+        policy_chosen=logps.policy_rejected,
+        policy_rejected=logps.policy_chosen,
+        reference_chosen=logps.reference_rejected,
+        reference_rejected=logps.reference_chosen,
+        chosen_length=logps.rejected_length,
+        rejected_length=logps.chosen_length,
+        chosen_tokens=logps.rejected_tokens,
+        rejected_tokens=logps.chosen_tokens,
+    )
 
 
 def leaves_inputs_unchanged(objective: Objective) -> None:
     """No tensor of the record is written to."""
-    logps = replace(example_batch(objective), weight=torch.ones(BATCH, dtype=torch.float64))
+    logps = _weighted(example_batch(objective), torch.ones(BATCH, dtype=torch.float64))
     before = _each(logps, Tensor.clone)
     objective(logps)
     now = _tensors(logps)
@@ -278,9 +454,9 @@ def accumulates_exactly(objective: Objective) -> None:
     """
     if objective.batch_coupled:
         return
-    logps = replace(example_batch(objective), weight=torch.linspace(0.5, 2, BATCH, dtype=torch.float64))
-    parts = (slice(0, 2), slice(2, BATCH))
-    outs: list[LossOutput] = [objective(_rows(logps, lambda tensor, part=part: tensor[part])) for part in parts]
+    logps = _weighted(example_batch(objective), torch.linspace(0.5, 2, BATCH, dtype=torch.float64))
+    parts = (torch.arange(2), torch.arange(2, BATCH))
+    outs: list[LossOutput] = [objective(_taken(logps, part)) for part in parts]
     total = sum((out.loss * len(out.losses) / BATCH for out in outs), torch.zeros((), dtype=torch.float64))
     message = "loss of a batch must be the mean of its parts' (or the class says batch_coupled = True)"
     _same(total, objective(logps).loss, objective, message)
@@ -288,12 +464,15 @@ def accumulates_exactly(objective: Objective) -> None:
 
 LAWS: tuple[Callable[[Objective], None], ...] = (
     is_declared,
+    credits_completions,
     keeps_the_precision,
     is_finite_mean,
     has_detached_metrics,
     pulls_the_right_way,
     leaves_the_reference_alone,
     averages_over_examples,
+    takes_completions_in_any_order,
+    ignores_padding,
     honours_weights,
     honours_soft_labels,
     leaves_inputs_unchanged,
@@ -317,7 +496,10 @@ def _finite(tensor: Tensor) -> bool:
 
 
 def _policy_fields(logps: LossInput) -> tuple[str, ...]:
-    return tuple(PAIR_SIGNS) if isinstance(logps, PairLogps) else ("policy",)
+    """Return the names of the fields that carry a gradient; those that the record lacks do no harm."""
+    if isinstance(logps, PairLogps):
+        return tuple(PAIR_SIGNS)
+    return ("scores",) if isinstance(logps, RankingScores) else ("policy", "value", "demonstration")
 
 
 def _tensors(record: LossInput | TokenLogps, prefix: str = "") -> dict[str, Tensor]:
@@ -332,7 +514,7 @@ def _tensors(record: LossInput | TokenLogps, prefix: str = "") -> dict[str, Tens
     return found
 
 
-def _replaced(logps: LossInput, tensors: Mapping[str, Tensor]) -> LossInput:
+def _replaced(logps: Record, tensors: Mapping[str, Tensor]) -> Record:
     """Return the record with tensors in the places that `_tensors` names."""
     changed: dict[str, Any] = {}
     inside: dict[str, dict[str, Tensor]] = {}
@@ -346,13 +528,30 @@ def _replaced(logps: LossInput, tensors: Mapping[str, Tensor]) -> LossInput:
     return replace(logps, **changed)
 
 
-def _each(logps: LossInput, change: Callable[[Tensor], Tensor]) -> LossInput:
+def _each(logps: Record, change: Callable[[Tensor], Tensor]) -> Record:
     return _replaced(logps, {name: change(tensor) for name, tensor in _tensors(logps).items()})
 
 
-def _rows(logps: LossInput, change: Callable[[Tensor], Tensor]) -> LossInput:
-    """Change what belongs to examples, and leave what belongs to the optimiser step."""
-    return _replaced(logps, {n: change(tensor) for n, tensor in _tensors(logps).items() if n not in STEP_FIELDS})
+def _taken(logps: Record, examples: Tensor) -> Record:
+    """Return the record of these examples, in this order; what belongs to the optimiser step stays as it is."""
+    own = {name: tensor for name, tensor in _tensors(logps).items() if name not in STEP_FIELDS}
+    if not isinstance(logps, RankingScores):
+        return _replaced(logps, {name: tensor[examples] for name, tensor in own.items()})
+    members = [(logps.prompt_index == example).nonzero().flatten() for example in examples]
+    completions = torch.cat(members)
+    taken = {name: tensor[examples if name in PROMPT_FIELDS else completions] for name, tensor in own.items()}
+    index = torch.arange(len(examples)).repeat_interleave(torch.tensor([len(each) for each in members]))
+    return _replaced(logps, taken | {"prompt_index": index})
+
+
+def _padded(logps: Record) -> Record:
+    """Return the record with two columns more wherever tokens stand."""
+    return _replaced(logps, {name: pad(one, (0, 2)) for name, one in _tensors(logps).items() if one.ndim == 2})
+
+
+def _weighted(logps: LossInput, weight: Tensor) -> LossInput:
+    """Return the record with weights, where its kind has any."""
+    return logps if isinstance(logps, Rollout) else replace(logps, weight=weight)
 
 
 def _leaves(logps: LossInput, *names: str) -> dict[str, Tensor]:

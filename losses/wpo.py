@@ -6,10 +6,9 @@ from typing import final
 import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
-from torch.nn.functional import logsigmoid
 
 from dpo.losses.objective import Number, PairObjective, require_number
-from dpo.losses.reduce import expected_loss, log_ratios, pair_output, require_field
+from dpo.losses.reduce import log_ratios, logistic_loss, pair_output, require_field
 from dpo.types import LossOutput, PairLogps, TokenLogps
 
 
@@ -47,7 +46,7 @@ class WPO(PairObjective):
         weight = log_weight.clamp(max=0).exp()  # min(1, ω_w ω_l), without an overflow on the way
         chosen, rejected = (self.beta * r for r in log_ratios(logps))
         z = chosen - rejected
-        losses = weight * expected_loss(logps, -logsigmoid(z), -logsigmoid(-z))
+        losses = weight * logistic_loss(logps, z)
         return pair_output(logps, losses, torch.stack([chosen, rejected], dim=1))
 
 

@@ -25,8 +25,9 @@ from dpo.losses.testing import check as check_objective
 from dpo.losses.testing import example_batch
 from dpo.recipes import find as find_recipe
 from dpo.recipes import names as recipe_names
-from dpo.run import evaluate_run
+from dpo.run import evaluate_run, execute
 from dpo.settings import Run, plan, read_overrides, read_run
+from dpo.types import RankingScores
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -123,13 +124,15 @@ def test_a_command_is_accepted(
         assert planned
         checked = check(planned[0].data)
         for run in planned:  # the rows that README shows hold the examples that the objective takes
-            view = run.objective.build().view
-            assert any(getattr(record, view)() for record in checked.train), f"no {view} in {run.data.train}"
+            view = "prompts" if run.rollout else run.objective.build().view
+            held = {"comparisons": "pairs", "rankings": "ranking"}.get(view, view)
+            assert any(getattr(record, held)() for record in checked.train), f"no {view} in {run.data.train}"
 
 
 def test_every_recipe_and_every_command_is_shown():
     shown = {shlex.split(command)[2] for command in DPO_COMMANDS if command.startswith("dpo train")}
     shown |= {re.sub(r"\[(.*)\]\(.*\)", r"\1", row[0]) for row in table("Objectives")}
+    shown |= {name for row in table("A reward model, then PPO") for name in re.findall(r"`(\w+)`", row[0])}
     assert set(recipe_names()) <= shown
     help_text = CliRunner().invoke(app, ["--help"]).output
     for name in ("train", "evaluate", "objectives", "quickstart", "data"):
@@ -145,12 +148,18 @@ def test_every_setting_in_the_text_exists():
         given = read_overrides([setting if value else f"{setting}x"])
         faults = []
         for objective in dpo.losses.names():
-            run = Run.of({"data": {"train": "prefs.jsonl"}, "objective": objective}, "README")
+            run = Run.of({"data": {"train": "prefs.jsonl"}, "objective": objective, **sampling(objective)}, "README")
             try:
                 run.override(given)
             except ConfigError as fault:
                 faults.append(str(fault))
         assert len(faults) < len(dpo.losses.names()), f"{setting}: {faults[0]}"
+
+
+def sampling(objective: str) -> dict[str, Any]:
+    """What a run with it needs beside its data."""
+    rollout = {"rewards": ["dpo.data.gold:sentiment"], "completions_per_prompt": 2}
+    return {"rollout": rollout} if dpo.losses.find(objective).view == "rollouts" else {}
 
 
 def test_the_sweep_gives_arguments_that_train_takes(folder: Path, planned: list[Run]):
@@ -192,13 +201,21 @@ def test_the_objective_table_is_the_package():
     rows = {re.sub(r"\[(.*)\]\((.*)\)", r"\1", row[0]): row for row in table("Objectives")}
     assert tuple(sorted(rows)) == dpo.losses.names()
     for name, (_, _, view, reference, start, _, _) in rows.items():
-        recipe = {"sft": "sft_dpo", "mixture": "mpo"}.get(name, name)
-        objective = plan(find_recipe(recipe), {"data": {"train": "x.jsonl"}})[0].objective.build()
-        assert type(objective) is dpo.losses.find(name)
+        elsewhere = {"sft": "sft_dpo", "mixture": "mpo", "bradleyterry": "reward", "ppo": "reward_ppo"}
+        kind = dpo.losses.find(name)
+        if name in ("kwise", "plackettluce"):  # one word away from the recipe `reward`
+            objective = kind()
+        else:
+            runs = plan(find_recipe(elsewhere.get(name, name)), {"data": {"train": "x.jsonl"}})
+            (objective,) = (one for one in (run.objective.build() for run in runs) if type(one) is kind)
         assert view == objective.view
         assert reference == ("yes" if objective.needs_reference else "no")
         at_start = {objective(example_batch(objective, seed=seed, drift=0.0)).loss.item() for seed in (0, 1)}
-        if max(at_start) - min(at_start) < 1e-9:  # a constant, whatever the data
+        if name == "plackettluce":
+            four = RankingScores(torch.zeros(4), torch.arange(4), torch.zeros(4, dtype=torch.long))
+            assert start == "log K!"
+            assert math.isclose(objective(four).loss.item(), math.log(24), rel_tol=1e-6)
+        elif max(at_start) - min(at_start) < 1e-9:  # a constant, whatever the data
             assert math.isclose(float(start), at_start.pop(), abs_tol=5e-4), name
         else:
             assert start == "-", name
@@ -215,7 +232,7 @@ def test_the_format_table_is_the_recogniser():
 
 
 def test_the_first_example_prints_what_it_says(capsys: pytest.CaptureFixture[str]):
-    example, _ = blocks(README, "python")
+    _, example, _ = blocks(README, "python")
     space: dict[str, Any] = {}
     exec(example, space)
     assert math.isclose(space["out"].loss.item(), math.log(2), rel_tol=1e-6)
@@ -230,7 +247,7 @@ def test_a_run_leaves_the_files_of_the_table(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("dpo.model.base.fetch_embedded", lambda: tiny_model_folder)
     pairs_file(tmp_path / "prefs.jsonl", prompts=12)
-    _, example = blocks(README, "python")
+    *_, example = blocks(README, "python")
     small = '{"train": "prefs.jsonl"}, "loop": {"max_steps": 1}, "evaluation": {"max_prompts": 2, "max_new_tokens": 4}'
     shortened = example.replace('{"train": "prefs.jsonl"}', small)
     assert shortened != example
@@ -242,6 +259,32 @@ def test_a_run_leaves_the_files_of_the_table(
     assert left | {"`wandb/`"} == {row[0] for row in table("What a run leaves")}
     assert folder.parent.name == "runs"
     assert folder.name.startswith("ipo-")
+
+
+def test_a_reward_model_is_read_without_this_package_as_shown(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tiny_model_folder: Path,
+    pairs_file: Any,
+    capsys: pytest.CaptureFixture[str],
+):
+    from dpo.model.base import LanguageModel, ScalarRole, load_base
+    from dpo.model.scalar import scores
+
+    monkeypatch.chdir(tmp_path)
+    data = {"train": str(pairs_file(tmp_path / "prefs.jsonl", prompts=12))}
+    model = {"name": str(tiny_model_folder), "dtype": "float32", "device": "cpu"}
+    given = {"data": data, "model": model, "loop": {"max_steps": 2}, "output": {"dir": "runs/reward-1a2b3c4d"}}
+    (result,) = execute(plan(find_recipe("reward"), given), "reward")
+    example = blocks(README, "python")[0].replace("path/to/base", str(tiny_model_folder))
+    space: dict[str, Any] = {}
+    exec(example, space)
+    shown = float(capsys.readouterr().out.splitlines()[-1])
+    loaded = ScalarRole("reward", str(result.folder / "adapter"), False)
+    ours = LanguageModel.start(load_base(result.run.model), result.run.model, 0, scalars=[loaded])
+    ids = tuple(space["inputs"]["input_ids"][0].tolist())
+    with ours.reading("reward"):
+        assert shown == pytest.approx(scores(ours, [(ids[:-4], ids[-4:])], "reward").item(), abs=1e-4)
 
 
 @pytest.fixture

@@ -2,18 +2,20 @@
 
 The policy is a trainable adapter. The reference is the same network with its adapters off, or, when training goes on
 from an adapter, a frozen copy of that adapter; with full-weight training it is a frozen copy of the network. A moving
-reference is one more adapter (or copy), which starts as the policy does and is mixed with it on the way.
+reference is one more adapter (or copy), which starts as the policy does and is mixed with it on the way. Reward and
+value are adapters with a linear head on the last hidden state, which say a number instead of a token.
 """
 
 import copy
 import json
 import logging
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, final
+from types import MappingProxyType, SimpleNamespace
+from typing import Annotated, Any, Literal, TypeAlias, final
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -30,9 +32,25 @@ from dpo.model.tree_attention import needs_eager
 
 log = logging.getLogger("dpo")
 
-Role = Literal["policy", "reference", "moving"]
-"""Who is spoken for: what is trained; what it is held against; and, for objectives that ask for it, a reference that
-follows the policy."""
+Role: TypeAlias = str
+"""Who is spoken for. "policy": what is trained; "reference": what it is held against; "moving": for objectives that ask
+for it, a reference that follows the policy; "value": what the policy expects of its own completions; "reward", and with
+ensembles "reward-2", ...: a model of what people prefer."""
+
+HEAD_FILE = "head.safetensors"
+"""Beside an adapter's files: the linear head of a role that says a number, `weight (1, hidden)` and `bias (1,)`."""
+
+
+@final
+@dataclass(frozen=True)
+class ScalarRole:
+    """A role that says a number: an adapter and a linear head on the last hidden state, in float32."""
+
+    name: Role
+    folder: str | None
+    """Where `LanguageModel.save` wrote what it starts as; None starts it fresh: as the starting adapter of the policy,
+    or as the base, with a small random head."""
+    trained: bool
 
 
 @final
@@ -244,6 +262,8 @@ class LanguageModel:
         says: str,
         starts_at_reference: bool = True,
         moving: Any | None = None,
+        heads: Mapping[Role, torch.nn.Linear] = MappingProxyType({}),
+        trained: tuple[Role, ...] = ("policy",),
     ) -> None:
         """See `start`."""
         self.base = base
@@ -256,20 +276,33 @@ class LanguageModel:
         """What the reference is, in words, for the log and the card."""
         self.starts_at_reference = starts_at_reference
         """Whether policy and reference are one model before the first update."""
+        self.heads = heads
+        """The linear heads of the roles that say a number."""
+        self.trained = trained
+        """The roles whose weights move."""
         self._wrapped = wrapped  # the PEFT model, or None with full weights
         self._copies = {"reference": reference, "moving": moving}  # frozen networks, with full weights
         self._adapters = adapters
-        self._role: Role = "policy"
+        self._role: Role = trained[0]
         self._checkpointing = False
         self._offload = False
         self.mixed = wrapped is not None and _mix_precision(wrapped, base.dtype)
         """Whether adapters compute in the base's half precision, from weights in float32."""
 
     @classmethod
-    def start(cls, base: Base, config: ModelConfig, seed: int, moving: bool = False) -> "LanguageModel":
-        """Put the policy on `base`, its fresh weights drawn from `seed`.
+    def start(
+        cls,
+        base: Base,
+        config: ModelConfig,
+        seed: int,
+        moving: bool = False,
+        scalars: Sequence[ScalarRole] = (),
+        policy: bool = True,
+    ) -> "LanguageModel":
+        """Put the policy on `base`, its fresh weights drawn from `seed`, and beside it the roles that say a number.
 
         With `moving`, a moving reference stands beside it and starts as the policy does, whatever the fixed one is.
+        Without `policy`, the first of `scalars` takes its place on the base: what a reward model is trained as.
 
         Raises:
             ModelError: where the starting adapter is absent, damaged or made for another base.
@@ -277,7 +310,14 @@ class LanguageModel:
         from transformers import set_seed
 
         set_seed(seed)
+        trained = (*(("policy",) if policy else ()), *(one.name for one in scalars if one.trained))
+        heads: dict[Role, torch.nn.Linear] = {}
         if config.lora is None:
+            if scalars:
+                raise ModelError(
+                    f"model.lora=null with the role {scalars[0].name!r}: it is an adapter on the base that the policy "
+                    "would change. Train an adapter: leave model.lora out."
+                )
             if moving and base.dtype in (torch.bfloat16, torch.float16):
                 raise ModelError(
                     f"model.lora=null in {str(base.dtype).removeprefix('torch.')} with a reference that follows the "
@@ -289,20 +329,27 @@ class LanguageModel:
             says = "a frozen copy of the starting weights"
             model = cls(base, None, reference, frozenset(), says, moving=follower)
         else:
-            wrapped, adapters, says = _adapt(base, config, config.lora)
+            wrapped, adapters, says = _adapt(base, config, config.lora, "policy" if policy else scalars[0].name)
+            for scalar in scalars:
+                heads[scalar.name] = _add_scalar(base, wrapped, scalar, config)
+                adapters |= {scalar.name}
             if moving:
                 wrapped.add_adapter("moving", wrapped.peft_config["policy"])
                 adapters |= {"moving"}
             elsewhere = config.adapter is not None and config.reference == "base"
-            model = cls(base, wrapped, None, adapters, says, starts_at_reference=not elsewhere)
+            model = cls(
+                base, wrapped, None, adapters, says, starts_at_reference=not elsewhere, heads=heads, trained=trained
+            )
             for name, parameter in wrapped.named_parameters():
-                parameter.requires_grad_(".policy." in name)
+                parameter.requires_grad_(any(f".{role}." in name for role in trained))
+            for role, head in heads.items():
+                head.requires_grad_(role in trained)
         model._offload = config.activation_offload
         if config.gradient_checkpointing is True:
             # After PEFT has wrapped: it would hang a second hook on the embeddings, which nothing removes again.
             base.network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             model._checkpointing = True
-        model._switch("policy")
+        model._switch("policy" if policy else scalars[0].name)
         if moving:
             model.follow(1.0)
             model.reference_is += " (in evaluation; in training one that starts as the policy and follows it)"
@@ -385,7 +432,8 @@ class LanguageModel:
 
     def parameters(self) -> list[torch.nn.Parameter]:
         """The trained parameters, in a fixed order."""
-        return [p for p in (self._wrapped or self.network).parameters() if p.requires_grad]
+        whole = [self._wrapped or self.network, *self.heads.values()]
+        return [p for module in whole for p in module.parameters() if p.requires_grad]
 
     @torch.no_grad()
     def follow(self, share: float) -> None:
@@ -404,16 +452,17 @@ class LanguageModel:
             theirs.lerp_(ours, share)
 
     def save(self, folder: Path, role: Role = "policy") -> None:
-        """Write a role's own weights into `folder`: an adapter in PEFT's format, or a network in transformers'."""
+        """Write a role's own weights into `folder`: an adapter in PEFT's format, or a network in transformers'.
+
+        A role that says a number has its head in a file of its own beside the adapter's.
+        """
         if self._wrapped is None:
             self._network(role).save_pretrained(folder)
             return
-        from peft import get_peft_model_state_dict
-
-        # Of the adapter alone: on some processors bitsandbytes' state_dict() of a 4-bit layer requantises its scales.
-        own = {name: value for name, value in self._wrapped.named_parameters() if f".{role}." in name}
-        state = get_peft_model_state_dict(self._wrapped, state_dict=own, adapter_name=role, save_embedding_layers=False)
+        state = _adapter_state(self._wrapped, role)
         save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, folder / "adapter_model.safetensors")
+        if role in self.heads:
+            save_file({k: v.detach().cpu() for k, v in self.heads[role].state_dict().items()}, folder / HEAD_FILE)
         settings = copy.deepcopy(self._wrapped.peft_config[role])
         settings.inference_mode = True
         settings.base_model_name_or_path = self.base.name
@@ -427,6 +476,8 @@ class LanguageModel:
         """
         if self._wrapped is not None:
             _load_adapter(self._wrapped, folder, role)
+            if role in self.heads:
+                _load_head(self.heads[role], folder)
             return
         network = self._network(role)
         state = {k: v for file in sorted(folder.glob("*.safetensors")) for k, v in load_file(file).items()}
@@ -468,8 +519,12 @@ def _mix_precision(wrapped: Any, dtype: torch.dtype) -> bool:
     return True
 
 
-def _adapt(base: Base, config: ModelConfig, lora: LoRA) -> tuple[Any, frozenset[str], str]:
-    """Inject the adapters; return the PEFT model, their names, and what the reference is."""
+def _adapt(base: Base, config: ModelConfig, lora: LoRA, first: Role) -> tuple[Any, frozenset[str], str]:
+    """Inject the adapter of the role `first`, and the reference's where it needs one.
+
+    Returns:
+        the PEFT model, the adapters' names, and what the reference is.
+    """
     from peft import LoraConfig, get_peft_model
 
     folder = None if config.adapter is None else check_adapter(config.adapter)
@@ -486,29 +541,109 @@ def _adapt(base: Base, config: ModelConfig, lora: LoRA) -> tuple[Any, frozenset[
             task_type="CAUSAL_LM",
         )
     else:
-        settings = LoraConfig.from_pretrained(str(folder))
-        settings.inference_mode = False
-        settings.base_model_name_or_path = base.network.name_or_path  # PEFT warns where it was written elsewhere
+        settings = _adapter_settings(base, folder)
     try:
-        wrapped = get_peft_model(base.network, settings, adapter_name="policy")
+        wrapped = get_peft_model(base.network, settings, adapter_name=first)
     except ImportError as error:  # Colab ships a torchao that PEFT refuses
         raise ModelError(f"{_first_line(error)}. Run `pip uninstall -y torchao` and start again.") from error
     except ValueError as error:
         key = "model.lora" if folder is None else f"model.adapter={config.adapter!r}"
         raise ModelError(f"{key}: {base.name} cannot carry this adapter ({_first_line(error)}).") from error
     if folder is None:
-        return wrapped, frozenset({"policy"}), f"the base model {base.name} with adapters off"
+        return wrapped, frozenset({first}), f"the base model {base.name} with adapters off"
     try:
-        _load_adapter(wrapped, folder, "policy")
+        _load_adapter(wrapped, folder, first)
         if config.reference == "base":
             says = f"the base model {base.name} WITHOUT the starting adapter {config.adapter}"
-            return wrapped, frozenset({"policy"}), says
+            return wrapped, frozenset({first}), says
         wrapped.add_adapter("reference", settings)
         _load_adapter(wrapped, folder, "reference")
     except ModelError:
         wrapped.unload()  # the base is others' too
         raise
-    return wrapped, frozenset({"policy", "reference"}), f"the starting adapter {config.adapter}, frozen"
+    return wrapped, frozenset({first, "reference"}), f"the starting adapter {config.adapter}, frozen"
+
+
+def _add_scalar(base: Base, wrapped: Any, scalar: ScalarRole, config: ModelConfig) -> torch.nn.Linear:
+    """Inject the adapter of a role that says a number, where it is not there yet; return its head.
+
+    A fresh head is drawn with deviation 1 / sqrt(hidden + 1) and bias 0 (Huang et al., arXiv:2403.17031, detail 11).
+
+    Raises:
+        ModelError: the folder holds no such role, or one trained on another base; the base is as before then.
+    """
+    hidden = base.network.config.get_text_config().hidden_size
+    head = torch.nn.Linear(hidden, 1, dtype=torch.float32, device=base.device)
+    with torch.no_grad():
+        torch.nn.init.normal_(head.weight, std=(hidden + 1) ** -0.5)
+        torch.nn.init.zeros_(head.bias)
+    try:
+        if scalar.folder is None:
+            if scalar.name not in wrapped.peft_config:
+                wrapped.add_adapter(scalar.name, next(iter(wrapped.peft_config.values())))
+                if config.adapter is not None:
+                    _load_adapter(wrapped, check_adapter(config.adapter), scalar.name)
+            return head
+        folder = check_scalar(scalar.folder, base.name)
+        settings = _adapter_settings(base, folder)
+        if scalar.name in wrapped.peft_config:
+            raise ModelError(f"{scalar.folder}: the role {scalar.name!r} is there already; give it another name.")
+        wrapped.add_adapter(scalar.name, settings)
+        _load_adapter(wrapped, folder, scalar.name)
+        _load_head(head, folder)
+    except ModelError:
+        wrapped.unload()  # the base is others' too
+        raise
+    return head
+
+
+def check_scalar(place: str, base: str) -> Path:
+    """Return the folder of a reward model (adapter and head) that is safe to load on the base of that name.
+
+    Raises:
+        ModelError: as `check_adapter`; also where the head is absent or the adapter was trained on another base.
+    """
+    folder = check_adapter(place)
+    if not (folder / HEAD_FILE).is_file():
+        raise ModelError(
+            f"{place}: got an adapter without {HEAD_FILE}, expected a reward model: an adapter and its head, as "
+            "`dpo train reward` writes them into adapter/."
+        )
+    trained_on = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if trained_on != base:
+        raise ModelError(
+            f"{place}: this reward model was trained on the base {trained_on!r}, expected {base!r}: all roles stand on "
+            f"one base. Train a reward model on {base!r}, or name {trained_on!r} as model.name."
+        )
+    return folder
+
+
+def _load_head(head: torch.nn.Linear, folder: Path) -> None:
+    """Load a head's weights, bit for bit.
+
+    Raises:
+        ModelError: the file is damaged, does not fit, or holds values that are not finite.
+    """
+    file = folder / HEAD_FILE
+    try:
+        state = load_file(file)
+        head.load_state_dict(state)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise ModelError(
+            f"{file}: cannot be loaded ({' '.join(str(error).split())[:200]}), expected weight "
+            f"{tuple(head.weight.shape)} and bias (1,). Copy it again, or train the reward model on this base."
+        ) from error
+    if not all(one.isfinite().all() for one in state.values()):
+        raise ModelError(f"{file}: it holds values that are not finite. Use an undamaged reward model.")
+
+
+def _adapter_settings(base: Base, folder: Path) -> Any:
+    from peft import LoraConfig
+
+    settings = LoraConfig.from_pretrained(str(folder))
+    settings.inference_mode = False
+    settings.base_model_name_or_path = base.network.name_or_path  # PEFT warns where it was written elsewhere
+    return settings
 
 
 REWRITING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -558,13 +693,35 @@ def _load_adapter(wrapped: Any, folder: Path, name: str) -> None:
     Raises:
         ModelError: where they do not fit.
     """
-    from peft import set_peft_model_state_dict
-
     state = load_file(folder / "adapter_model.safetensors")
-    own = re.compile(rf"\.lora_\w+\.{name}\b")
-    _load_fitting(
-        folder, lambda: set_peft_model_state_dict(wrapped, state, adapter_name=name), lambda key: bool(own.search(key))
-    )
+    own = _adapter_state(wrapped, name)
+
+    def load() -> Any:
+        for key in own.keys() & state.keys():
+            if own[key].shape != state[key].shape:
+                raise RuntimeError(
+                    f"size mismatch for {key}: got {tuple(state[key].shape)}, expected {tuple(own[key].shape)}"
+                )
+        with torch.no_grad():
+            for key in own.keys() & state.keys():
+                own[key].copy_(state[key])
+        return SimpleNamespace(
+            missing_keys=[*(own.keys() - state.keys())], unexpected_keys=[*(state.keys() - own.keys())]
+        )
+
+    _load_fitting(folder, load, lambda _: True)
+
+
+def _adapter_state(wrapped: Any, name: Role) -> dict[str, Tensor]:
+    """Return the role's own tensors under the names that PEFT's format gives them.
+
+    Of the adapter alone, for reading and for writing: on processors that bitsandbytes packs 4-bit weights for, the
+    state_dict() and the load_state_dict() of the whole network requantise the scales of the base.
+    """
+    from peft import get_peft_model_state_dict
+
+    own = {key: value for key, value in wrapped.named_parameters() if f".{name}." in key or key.endswith(f".{name}")}
+    return get_peft_model_state_dict(wrapped, state_dict=own, adapter_name=name, save_embedding_layers=False)
 
 
 def _load_fitting(folder: Path, load: Callable[[], Any], needed: Callable[[str], bool]) -> None:

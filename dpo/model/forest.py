@@ -58,6 +58,8 @@ class Forest:
     """The completion token predicted there."""
     sequence: Int[Tensor, " tokens"]
     """Index of the token's completion, counted over all groups in order."""
+    last: Int[Tensor, " completions"]
+    """Flat index of each completion's own last token."""
     completions: int
     """Number of completions in the batch."""
     trees: tuple[Tree, ...] = ()
@@ -92,18 +94,21 @@ class Forest:
         group_of = torch.full((len(rows), time), -1)
         branch = torch.zeros(len(rows), time, dtype=torch.long)
         source: list[int] = []
+        last: list[int] = []
         for row, (g, b, group) in enumerate(rows):
             start, end = len(group.prompt), len(group.prompt) + len(group.completions[b])
             input_ids[row, :end] = torch.tensor([*group.prompt, *group.completions[b]])
             group_of[row, :end] = g
             branch[row, start:end] = b + 1
             source += _predicting(row * time + start - 1, row * time + start, end - start)
+            last.append(row * time + end - 1)
         return cls(
             input_ids=input_ids,
             position_ids=torch.arange(time).expand(len(rows), time),
             group=group_of,
             branch=branch,
             source=torch.tensor(source),
+            last=torch.tensor(last),
             **_targets(groups),
         )
 
@@ -120,6 +125,7 @@ class Forest:
         group_of: list[int] = []
         branch: list[int] = []
         source: list[int] = []
+        last: list[int] = []
         trees: list[Tree] = []
         for g, group in enumerate(groups):
             start, depth = len(ids), len(group.prompt)
@@ -127,6 +133,7 @@ class Forest:
             for b, part in enumerate((group.prompt, *group.completions)):
                 if b > 0:
                     source += _predicting(start + depth - 1, len(ids), len(part))
+                    last.append(len(ids) + len(part) - 1)
                 positions += range(depth, depth + len(part)) if b > 0 else range(depth)
                 group_of += [g] * len(part)
                 branch += [b] * len(part)
@@ -137,6 +144,7 @@ class Forest:
             group=torch.tensor([group_of]),
             branch=torch.tensor([branch]),
             source=torch.tensor(source),
+            last=torch.tensor(last),
             trees=tuple(trees),
             **_targets(groups),
         )

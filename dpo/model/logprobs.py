@@ -6,8 +6,8 @@ cache and, where the head is frozen, forms the gradient with respect to the hidd
 backward pass is one multiplication per token.
 """
 
-from dataclasses import dataclass
-from typing import Any, cast, final
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, cast, final
 
 import torch
 from jaxtyping import Float, Int
@@ -60,6 +60,23 @@ class Head:
             scale=float(scale),
             softcap=getattr(config, "final_logit_softcapping", None),
         )
+
+    def tempered(self, temperature: int | float) -> "Head":
+        """Return the head whose final logits are these divided by `temperature` (> 0).
+
+        softcap * tanh(scale x / softcap) / T = (softcap / T) * tanh((scale / T) x / (softcap / T)): the same head
+        with both its numbers divided.
+
+        Raises:
+            ValueError: `temperature` is not above 0.
+        """
+        if not temperature > 0:
+            raise ValueError(
+                f"Head.tempered: got temperature {temperature}, expected a number above 0. What was sampled at 0 has "
+                "log-prob 0 under what wrote it; score it at 1."
+            )
+        softcap = None if self.softcap is None else self.softcap / temperature
+        return replace(self, scale=self.scale / temperature, softcap=softcap)
 
     def logits(
         self, hidden: Float[Tensor, "tokens hidden"], columns: slice = slice(None)
@@ -263,18 +280,46 @@ class CompletionLogps:
     """log of the sum of squared probabilities there, in nats, likewise."""
 
 
-def completion_logps(network: Any, forest: Forest, chunk: int = CHUNK, spread: Spread = NOTHING) -> CompletionLogps:
+def completion_logps(
+    network: Any, forest: Forest, chunk: int = CHUNK, spread: Spread = NOTHING, temperature: int | float = 1.0
+) -> CompletionLogps:
     """Score a forest with a causal language model in whatever role it stands.
 
-    `network` is a bare transformers model (adapters injected or not) on the device of `forest`; a packed forest needs
-    one whose attention `dpo.model.layout` has set.
+    Args:
+        network: a bare transformers model (adapters injected or not) on the device of `forest`; a packed forest needs
+            one whose attention `dpo.model.layout` has set.
+        forest: what to score.
+        chunk: tokens whose logits are in the making at one time.
+        spread: what else to tell of each distribution.
+        temperature: divides the final logits (> 0); all that is told is of the distribution they then make.
     """
-    backbone = network.base_model  # the model without its head; adapters live inside it
-    hidden = backbone(**inputs(forest)).last_hidden_state
-    selected = hidden.reshape(-1, hidden.shape[-1]).index_select(0, forest.source)
-    scored = token_scores(selected, forest.target, Head.of(network), chunk, spread)
+    selected = _hidden(network, forest).index_select(0, forest.source)
+    scored = token_scores(selected, forest.target, Head.of(network).tempered(temperature), chunk, spread)
     sums = scored.logprobs.new_zeros(forest.completions).index_add(0, forest.sequence, scored.logprobs)
     return CompletionLogps(scored.logprobs, sums, forest.lengths, scored.entropies, scored.collisions)
+
+
+class CompletionHidden(NamedTuple):
+    """What the backbone knows of a forest's completions: its last hidden states, in its own dtype, with gradients."""
+
+    at_source: Float[Tensor, "tokens hidden"]
+    """Before each completion token, where it is predicted, in the order of `Forest.target`."""
+    at_last: Float[Tensor, "completions hidden"]
+    """After each whole completion, at its own last token."""
+
+
+def completion_hidden(network: Any, forest: Forest) -> CompletionHidden:
+    """Return the hidden states that a scalar head reads: per token for values, per completion for rewards.
+
+    `network` as in `completion_logps`.
+    """
+    hidden = _hidden(network, forest)
+    return CompletionHidden(hidden.index_select(0, forest.source), hidden.index_select(0, forest.last))
+
+
+def _hidden(network: Any, forest: Forest) -> Float[Tensor, "positions hidden"]:
+    backbone = network.base_model  # the model without its head; adapters live inside it
+    return backbone(**inputs(forest)).last_hidden_state.flatten(0, 1)
 
 
 def check_head(network: Any, tolerance: float) -> None:

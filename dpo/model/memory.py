@@ -2,7 +2,8 @@
 
 The real architecture is built on the meta device, where tensors have shapes and no storage; the adapters go in as they
 do for training, and one forward and backward pass is carried out on it while every tensor that comes and goes is
-counted. What the passes hold grows with the tokens in a straight line, so two of them tell the line. Nothing of it
+counted. What the passes hold grows with the tokens in a straight line, so two of them tell the line. Where completions
+are sampled on the way, the passes that write them are counted as well; they and the updates take turns. Nothing of it
 needs the weights, the data or the card.
 """
 
@@ -22,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dpo.errors import ConfigError
-from dpo.model.base import Base, LanguageModel, ModelConfig, choose_dtype, from_pretrained
+from dpo.model.base import Base, LanguageModel, ModelConfig, Role, ScalarRole, choose_dtype, from_pretrained
 from dpo.model.logprobs import CHUNK, TILE
 from dpo.model.tree_attention import SHORT, needs_eager
 
@@ -41,6 +42,16 @@ families of models, with adapters on all linear layers and in bfloat16, were cou
 
 BASE_WEIGHTS = "base weights"
 """How the names of a plan's parts begin that are held once the base is loaded."""
+
+SAMPLED_LOGITS = 7
+"""Tensors in float32 of one position's logits that drawing a token holds at once: the logits, the same at the sampling
+temperature, their exponentials, and in float64 these again and their cumulative sum, each as large as two."""
+
+JUDGED = 16
+"""Completions that a learned reward scores side by side (`dpo.model.scalar.LearnedReward`)."""
+
+RANKED = 4
+"""Completions that a ranking is taken to have: as many as InstructGPT's have at least."""
 
 ATTENTION = "dpo_counted"
 """Name under which the counted attention is known to transformers."""
@@ -92,6 +103,78 @@ class Card:
 
 @final
 @dataclass(frozen=True)
+class Roles:
+    """Who stands on the base: the policy, and beside it or in its place whoever is named here.
+
+    Each is an adapter of the policy's shape; one that says a number has a head of hidden + 1 float32 numbers as well.
+    """
+
+    frozen_adapter: bool = False
+    """A frozen copy of the adapter is the reference though the model's settings name none: in a stage that goes on from
+    the stage before."""
+    moving: bool = False
+    """A reference that follows the policy."""
+    rewards: int = 0
+    """Frozen reward roles that judge what is sampled."""
+    value: bool = False
+    """A value role that is trained with the policy."""
+    reward: bool = False
+    """A reward role is trained in the policy's place: a run of a reward model."""
+
+    @property
+    def trained(self) -> int:
+        """Roles whose passes an update holds at once."""
+        return 2 if self.value else 1
+
+    def scalars(self) -> list[ScalarRole]:
+        """Return the roles that say a number as `LanguageModel.start` takes them, each of them fresh."""
+        frozen = [ScalarRole(f"reward-{n}", None, False) for n in range(1, self.rewards + 1)]
+        trained = {"reward": self.reward, "value": self.value}
+        return [ScalarRole(name, None, True) for name, there in trained.items() if there] + frozen
+
+
+POLICY_ALONE = Roles()
+
+
+@final
+@dataclass(frozen=True)
+class SamplingSize:
+    """What the policy writes on the way: completions side by side, at their longest."""
+
+    rows: int
+    """Completions that are written at once."""
+    prompt: int
+    """Tokens of a prompt."""
+    new: int
+    """Tokens of a completion."""
+
+
+@final
+@dataclass(frozen=True)
+class Sampled:
+    """What sampling adds at its highest point: rows * per_row bytes, and never less than judging does."""
+
+    rows: int
+    """Completions that are written at once."""
+    per_row: int
+    judging: int
+    """What the learned rewards' passes over the completions add, however few are written at once."""
+
+    @property
+    def size(self) -> int:
+        """All of it, in bytes."""
+        return max(self.rows * self.per_row, self.judging)
+
+    def largest_rows(self, free_bytes: int) -> int:
+        """Return the most rows whose `size` is within `free_bytes`; 0 where judging alone is not."""
+        return max(0, free_bytes // self.per_row) if self.judging <= free_bytes else 0
+
+
+NONE_SAMPLED = Sampled(0, 1, 0)
+
+
+@final
+@dataclass(frozen=True)
 class Activations:
     """What one micro-batch adds at its highest point: fixed + per_token * tokens bytes."""
 
@@ -112,6 +195,8 @@ class MemoryPlan:
     """With gradient checkpointing."""
     notes: tuple[str, ...] = ()
     """What the numbers leave out or take for granted."""
+    sampled: Sampled = NONE_SAMPLED
+    """Held in turn with the activations of an update, never beside them."""
 
     @property
     def held(self) -> int:
@@ -125,14 +210,24 @@ class MemoryPlan:
         """Return the bytes that one more token in the micro-batch takes."""
         return self._activations(checkpointing).per_token
 
-    def total(self, tokens: int, checkpointing: bool) -> int:
-        """Return the bytes of a run whose micro-batch holds `tokens`, padding included."""
+    def updating(self, tokens: int, checkpointing: bool) -> int:
+        """Return the bytes of an update whose micro-batch holds `tokens`, padding included."""
         grown = self._activations(checkpointing)
         return self.held + grown.fixed + grown.per_token * tokens
 
+    def sampling(self) -> int:
+        """Return the bytes of sampling."""
+        return self.held + self.sampled.size
+
+    def total(self, tokens: int, checkpointing: bool) -> int:
+        """Return the bytes of a run whose micro-batch holds `tokens`: of its updates or its sampling, as is more."""
+        return max(self.updating(tokens, checkpointing), self.sampling())
+
     def largest_tokens(self, card_bytes: int, checkpointing: bool) -> int:
         """Return the most tokens whose `total` is within `card_bytes`; 0 where not one token fits."""
-        return max(0, (card_bytes - self.total(0, checkpointing)) // self.activation_bytes_per_token(checkpointing))
+        if self.sampling() > card_bytes:
+            return 0
+        return max(0, (card_bytes - self.updating(0, checkpointing)) // self.activation_bytes_per_token(checkpointing))
 
     def table(self, card: Card, examples: int, tokens_each: int, unit: str) -> "Table":
         """Return the plan as a table for printing.
@@ -141,13 +236,19 @@ class MemoryPlan:
             card: to fit the run on.
             examples: in the run's micro-batch.
             tokens_each: the most tokens that one of them can have.
-            unit: what the examples are called: "pairs", ...
+            unit: what the examples are called: "pairs", "completions", ...
         """
         from rich.table import Table
         from rich.text import Text
 
         rows: list[tuple[str, str]] = [(name, _shown(size)) for name, size in self.parts.items()]
         rows.append(("held whatever the micro-batch", _shown(self.held)))
+        if self.sampled.rows:
+            rows += [
+                ("sampling, in turn with the updates:", ""),
+                ("  each completion written", _shown(self.sampled.per_row)),
+                (f"  this run: {self.sampled.rows} at once", _shown(self.sampling())),
+            ]
         tokens = examples * tokens_each
         for checkpointing in (False, True):
             how = "with" if checkpointing else "without"
@@ -171,8 +272,13 @@ class MemoryPlan:
         return table
 
     def verdict(self, card: Card, examples: int, tokens_each: int, unit: str) -> str:
-        """Say whether the run's micro-batch fits `card`, and what to do where it does not."""
+        """Say whether the run's micro-batch and its sampling fit `card`, and what to do where they do not."""
         tokens = examples * tokens_each
+        if self.held <= card.free < self.sampling() and (rows := self.sampled.largest_rows(card.free - self.held)):
+            return (
+                f"It does not fit {card.name}: sampling {self.sampled.rows} completions at once. Use "
+                f"rollout.sampling_batch_size={rows} at most"
+            )
         if not needs_checkpointing(self, card.free, tokens):
             return f"It fits {card.name}; gradient checkpointing is not needed"
         most = self.largest_tokens(card.free, checkpointing=True) // tokens_each
@@ -185,19 +291,20 @@ class MemoryPlan:
             )
         return (
             f"It does not fit {card.name}: not even one of the {unit}, with gradient checkpointing. Lower "
-            "data.max_length, use model.quantization=nf4, or a smaller model"
+            f"data.max_length{' and rollout.max_new_tokens' if self.sampled.rows else ''}, use "
+            "model.quantization=nf4, or a smaller model"
         )
 
 
 def needs_checkpointing(plan: MemoryPlan, free_bytes: int, tokens: int) -> bool:
     """Tell whether a micro-batch of `tokens` exceeds `free_bytes` unless activations are recomputed.
 
-    `free_bytes` is what is free before the weights are loaded.
+    `free_bytes` is what is free before the weights are loaded. Sampling takes the same with and without.
     """
-    return plan.total(tokens, checkpointing=False) > free_bytes
+    return plan.updating(tokens, checkpointing=False) > free_bytes
 
 
-def must_checkpoint(base: Base, config: ModelConfig, optimiser: str, tokens: int, moving: bool = False) -> bool:
+def must_checkpoint(base: Base, config: ModelConfig, optimiser: str, tokens: int, roles: Roles = POLICY_ALONE) -> bool:
     """Tell whether a micro-batch of `tokens` exceeds what is free now, `base` being loaded, unless it recomputes.
 
     The passes are counted only where a rule of thumb on the safe side does not answer.
@@ -207,15 +314,19 @@ def must_checkpoint(base: Base, config: ModelConfig, optimiser: str, tokens: int
     if cuda:  # what the allocator keeps for itself is free to this process
         free += torch.cuda.memory_reserved(base.device) - torch.cuda.memory_allocated(base.device)
     assumed, _ = _assumed(base.network.config.get_text_config(), torch.float32)
-    if config.lora is not None and assumed.per_token * tokens < free / 2:
+    if config.lora is not None and roles.trained * assumed.per_token * tokens < free / 2:
         return False
-    plan = plan_memory(config, optimiser, Card.here(base.device), moving=moving)
+    plan = plan_memory(config, optimiser, Card.here(base.device), roles)
     loaded = sum(size for name, size in plan.parts.items() if name.startswith(BASE_WEIGHTS))
     return needs_checkpointing(plan, free + loaded, tokens)
 
 
 def plan_memory(
-    config: ModelConfig, optimiser: str, card: Card, frozen_adapter: bool = False, moving: bool = False
+    config: ModelConfig,
+    optimiser: str,
+    card: Card,
+    roles: Roles = POLICY_ALONE,
+    sampling: SamplingSize | None = None,
 ) -> MemoryPlan:
     """Plan the memory of training `config` with the optimiser of that name.
 
@@ -225,13 +336,12 @@ def plan_memory(
         config: the model, and what is trained on it.
         optimiser: "adamw", "adamw_8bit", "paged_adamw_8bit" or "rmsprop".
         card: what will train; it decides what dtype "auto" is, and the head's tile.
-        frozen_adapter: whether a frozen copy of the adapter is the reference though `config` names none: in a stage
-            that goes on from the stage before.
-        moving: whether a reference follows the policy beside it.
+        roles: who stands on the base.
+        sampling: what the policy writes on the way, where it learns from its own completions.
 
     Raises:
         ConfigError: an unknown optimiser.
-        ModelError: the model's configuration cannot be found, or the adapter does not go onto it.
+        ModelError: the model's configuration cannot be found, or a role does not go onto it.
     """
     from transformers import AutoConfig
 
@@ -240,16 +350,15 @@ def plan_memory(
     plain_config, checkpointed_config = (
         config.model_copy(update={"gradient_checkpointing": switch}) for switch in (False, True)
     )
-    model, parts, spare = _start(plain_config, settings, dtype)
-    parts |= _roles(model, config.lora is not None, frozen_adapter)
+    model, parts, spare = _start(plain_config, settings, dtype, roles)
+    parts |= _parts(model, config.lora is not None, roles)
     trained = model.parameters()
-    if moving:  # another adapter, or another copy of all weights
-        parts["moving reference"] = sum(map(_bytes, trained))
     parts["gradients"] = sum(map(_bytes, trained))
     parts[f"optimiser state ({optimiser})"] = optimiser_bytes(optimiser, trained)
-    head = model.network.get_output_embeddings().weight
-    is_trained = any(head is parameter for parameter in trained)
-    parts["head"] = head_bytes(*head.shape, dtype=dtype, device=card.device, trained=is_trained)
+    if not roles.reward:  # which reads hidden states alone
+        head = model.network.get_output_embeddings().weight
+        is_trained = any(head is parameter for parameter in trained)
+        parts["head"] = head_bytes(*head.shape, dtype=dtype, device=card.device, trained=is_trained)
     if spare:
         parts["one layer's weights, dequantised"] = spare
     notes = []
@@ -260,34 +369,54 @@ def plan_memory(
     text = settings.get_text_config()
     try:
         plain = _activations(model, dtype, text.hidden_size)
-        again, _, _ = _start(checkpointed_config, settings, dtype)
+        again, _, _ = _start(checkpointed_config, settings, dtype, roles)
         checkpointed = _activations(again, dtype, text.hidden_size)
         if card.device == "cpu":  # its attention keeps the scores of short blocks, see tree_attention
             scores = (
                 text.num_attention_heads * math.isqrt(SHORT) * dtype.itemsize
             )  # of a token in the longest such block
-            plain = replace(plain, per_token=plain.per_token + text.num_hidden_layers * scores)
+            kept = roles.trained * text.num_hidden_layers
+            plain = replace(plain, per_token=plain.per_token + kept * scores)
             checkpointed = replace(checkpointed, per_token=checkpointed.per_token + scores)
+        sampled = NONE_SAMPLED if sampling is None else _sampled(model, sampling, roles, text.vocab_size)
     except Exception as error:  # whatever a family does that tensors without content cannot
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        plain, checkpointed = _assumed(text, dtype)
+        plain, checkpointed = (replace(one, per_token=roles.trained * one.per_token) for one in _assumed(text, dtype))
+        sampled = NONE_SAMPLED if sampling is None else _assumed_sampled(text, dtype, sampling, roles)
         notes.append(
             f"Activations by a rule of thumb, {FALLBACK_VECTORS} vectors of the hidden size for each layer and token: "
             f"those of this architecture cannot be counted ({reason})"
         )
-    return MemoryPlan(config.name, MappingProxyType(parts), plain, checkpointed, tuple(notes))
+    return MemoryPlan(config.name, MappingProxyType(parts), plain, checkpointed, tuple(notes), sampled)
 
 
-def _roles(model: LanguageModel, adapters: bool, frozen_adapter: bool) -> dict[str, int]:
+def _parts(model: LanguageModel, adapters: bool, roles: Roles) -> dict[str, int]:
     """Return the bytes of what stands on or beside the base."""
-    with model.role("policy") as network, model.role("reference") as reference:
-        if not adapters:
-            return {"frozen reference copy": sum(map(_bytes, reference.parameters()))}
-        parts = {"adapter weights": sum(map(_bytes, model.parameters()))}
-        frozen = sum(_bytes(parameter) for name, parameter in network.named_parameters() if ".reference." in name)
-        if frozen or frozen_adapter:
-            parts["frozen reference adapter"] = frozen or parts["adapter weights"]
-        return parts
+    trained = sum(map(_bytes, model.parameters()))
+    if not adapters:
+        copies = {"frozen reference copy": True, "moving reference": roles.moving}
+        return {name: trained for name, there in copies.items() if there}
+    first = _role_bytes(model, model.trained[0])
+    parts = {"reward adapter and head" if roles.reward else "adapter weights": first}
+    frozen = _role_bytes(model, "reference")
+    if frozen or roles.frozen_adapter:
+        parts["frozen reference adapter"] = frozen or first
+    if roles.moving:
+        parts["moving reference"] = first
+    if roles.value:
+        parts["value adapter and head"] = _role_bytes(model, "value")
+    if roles.rewards:
+        judges = [name for name in model.heads if name not in model.trained]
+        parts[f"reward adapters and heads ({roles.rewards})"] = sum(_role_bytes(model, name) for name in judges)
+    return parts
+
+
+def _role_bytes(model: LanguageModel, role: Role) -> int:
+    """Return the bytes of a role's adapter, and of its head where it says a number."""
+    own = re.compile(rf"\.lora_\w+\.{re.escape(role)}(\.|$)")
+    adapter = [parameter for name, parameter in model.network.named_parameters() if own.search(name)]
+    head = model.heads.get(role)
+    return sum(map(_bytes, (*adapter, *(() if head is None else head.parameters()))))
 
 
 def optimiser_bytes(name: str, parameters: Sequence[Tensor]) -> int:
@@ -344,8 +473,10 @@ def head_bytes(vocabulary: int, hidden: int, *, dtype: torch.dtype, device: str,
     return tile * (4 + narrow) + CHUNK * hidden * FROZEN_HIDDEN * 4
 
 
-def _start(config: ModelConfig, settings: Any, dtype: torch.dtype) -> tuple[LanguageModel, dict[str, int], int]:
-    """Build the model with its policy on the meta device.
+def _start(
+    config: ModelConfig, settings: Any, dtype: torch.dtype, roles: Roles = POLICY_ALONE
+) -> tuple[LanguageModel, dict[str, int], int]:
+    """Build the model with its roles on the meta device, a moving reference aside.
 
     Returns:
         the model; the bytes of the base by precision; those of the largest quantised layer when it is dequantised.
@@ -363,7 +494,9 @@ def _start(config: ModelConfig, settings: Any, dtype: torch.dtype) -> tuple[Lang
                 module.p = 0.0  # as `load_base` has it
         network.requires_grad_(False)
         weights, spare = _weights(network, config.quantization == "nf4", dtype)
-        return LanguageModel.start(Base(network, None, device, dtype, config.name), config, seed=0), weights, spare
+        base = Base(network, None, device, dtype, config.name)
+        model = LanguageModel.start(base, config, seed=0, scalars=roles.scalars(), policy=not roles.reward)
+        return model, weights, spare
 
 
 def _weights(network: Any, quantised: bool, dtype: torch.dtype) -> tuple[dict[str, int], int]:
@@ -466,15 +599,16 @@ class Counted:
 
 
 def count_pass(model: LanguageModel, tokens: int) -> Counted:
-    """Count a forward and backward pass of the policy over one row of `tokens`, on whatever device it stands."""
+    """Count a forward and backward pass of the policy over one row of `tokens`, on whatever device it stands.
+
+    In a reward run it is the pass of the role that is trained in the policy's place.
+    """
     model.training(True)
     trained = model.parameters()
     for parameter in trained:
         parameter.grad = torch.zeros_like(parameter)  # gradients are a part of their own
-    with model.role("policy") as network:
-        device = next(network.parameters()).device
-        ids = torch.zeros(1, tokens, dtype=torch.long, device=device)
-        positions = torch.arange(tokens, device=device).unsqueeze(0)
+    with model.role(model.trained[0]) as network:
+        ids, positions = _row(network, tokens)
         own = [*network.parameters(), *network.buffers(), *(p.grad for p in trained if p.grad is not None)]
         with _Live(own) as live:
             hidden = network.base_model(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
@@ -485,8 +619,54 @@ def count_pass(model: LanguageModel, tokens: int) -> Counted:
     return Counted(kept, live.peak)
 
 
+def _row(network: Any, tokens: int) -> tuple[Tensor, Tensor]:
+    """Return ids and positions of one row."""
+    device = next(network.parameters()).device
+    return torch.zeros(1, tokens, dtype=torch.long, device=device), torch.arange(tokens, device=device).unsqueeze(0)
+
+
+@final
+@dataclass(frozen=True)
+class Read:
+    """What one forward pass without gradients held, in bytes, parameters aside."""
+
+    peak: int
+    """At its highest point."""
+    cache: int
+    """Keys and values of all layers, afterwards."""
+
+
+def count_reading(model: LanguageModel, tokens: int) -> Read:
+    """Count a forward pass over one row of `tokens` that nothing goes back through, as the pass over a prompt is.
+
+    It is a pass of the role that is trained first: adapters of one shape hold the same.
+    """
+    with model.reading(model.trained[0]) as network:
+        ids, positions = _row(network, tokens)
+        with _Live([*network.parameters(), *network.buffers(), ids, positions]) as live:
+            out = network.base_model(input_ids=ids, position_ids=positions, use_cache=True)
+            layers = [_bytes(layer.keys) + _bytes(layer.values) for layer in out.past_key_values.layers]
+    return Read(live.peak, sum(layers))
+
+
+def _sampled(model: LanguageModel, sampling: SamplingSize, roles: Roles, vocabulary: int) -> Sampled:
+    """Count what one row of sampling and the judgement of what was written hold.
+
+    There is room for all keys and values from the start (`dpo.model.kv_cache`). Beside it a row is at its highest in
+    the pass over the prompt, or where the logits of one position become a token. Judging keeps no keys and values.
+    """
+    longest = sampling.prompt + sampling.new
+    read = count_reading(model, longest)
+    passing = read.peak - read.cache  # which grows with the tokens in a straight line
+    prompt = math.ceil(passing * sampling.prompt / longest)
+    row = read.cache + max(prompt, _logits(vocabulary, model.dtype))
+    return Sampled(sampling.rows, row, JUDGED * passing if roles.rewards else 0)
+
+
 def _activations(model: LanguageModel, dtype: torch.dtype, hidden: int) -> Activations:
     """Fit a line through two passes.
+
+    A value role beside the policy is at its highest where the pass of one waits and the other's is at its own.
 
     Raises:
         NotImplementedError: the model's attention is its own, or it has a state: a pass would not grow in a line.
@@ -496,11 +676,13 @@ def _activations(model: LanguageModel, dtype: torch.dtype, hidden: int) -> Activ
         raise NotImplementedError(f"{type(network).__name__} does not take transformers' exchangeable attention")
     _cast_adapters(model)
     short, long = TOKENS
-    first, second = (count_pass(model, tokens).peak for tokens in TOKENS)
+    waiting = len(model.trained) - 1
+    first, second = (one.peak + waiting * one.kept for one in (count_pass(model, tokens) for tokens in TOKENS))
     per_token = math.ceil((second - first) / (long - short))
     fixed = max(0, second - per_token * long)
-    # The head takes a copy of the hidden states and keeps their gradient.
-    return Activations(fixed, per_token + 2 * hidden * dtype.itemsize)
+    # A head takes a copy of the hidden states and keeps their gradient; one that says a number does so in float32.
+    widths = [torch.float32.itemsize if role in model.heads else dtype.itemsize for role in model.trained]
+    return Activations(fixed, per_token + 2 * hidden * sum(widths))
 
 
 def _cast_adapters(model: LanguageModel) -> None:
@@ -514,6 +696,19 @@ def _assumed(text: Any, dtype: torch.dtype) -> tuple[Activations, Activations]:
     vector = text.hidden_size * dtype.itemsize
     layers, one = text.num_hidden_layers, FALLBACK_VECTORS * vector
     return Activations(0, layers * one), Activations(0, layers * vector + one)
+
+
+def _assumed_sampled(text: Any, dtype: torch.dtype, sampling: SamplingSize, roles: Roles) -> Sampled:
+    """Take keys and values for as wide as the hidden state, and what a layer works in for what training keeps of it."""
+    vector, longest = text.hidden_size * dtype.itemsize, sampling.prompt + sampling.new
+    cache, passing = 2 * text.num_hidden_layers * vector, FALLBACK_VECTORS * vector
+    row = longest * cache + max(sampling.prompt * passing, _logits(text.vocab_size, dtype))
+    return Sampled(sampling.rows, row, JUDGED * longest * passing if roles.rewards else 0)
+
+
+def _logits(vocabulary: int, dtype: torch.dtype) -> int:
+    """Return the bytes in which the token after one position is drawn."""
+    return vocabulary * (SAMPLED_LOGITS * torch.float32.itemsize + dtype.itemsize)
 
 
 def _shown(size: int) -> str:

@@ -1,16 +1,17 @@
 """Sampling completions from a role."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, final
+from hashlib import sha256
+from typing import final
 
-import torch
 from tqdm.auto import tqdm
 
 from dpo.data import Renderer
 from dpo.errors import ModelError
 from dpo.model.base import LanguageModel, Role
+from dpo.model.generation import Backend, Generate, Sampling
 
 
 @final
@@ -37,11 +38,14 @@ def sample(
     seed: int = 0,
     batch_size: int = 64,
     progress: str | None = None,
+    backend: Backend = Generate(),
 ) -> list[Sample]:
     """Sample one completion for every prompt, from the full distribution (no top-k, no top-p).
 
-    The state of torch's random generators is as before afterwards, so sampling in the middle of training changes
-    nothing. Equal arguments give equal samples on one machine.
+    A prompt that is named K times gets K completions, each drawn by itself. A completion depends on the model, the
+    seed, its prompt and which of that prompt's it is; on the other prompts, their order and `batch_size` it depends no
+    more than rounding does. torch's random generators are left alone, so sampling in the middle of training changes
+    nothing.
 
     Args:
         model: the model and its roles.
@@ -52,41 +56,26 @@ def sample(
         seed: of the sampling.
         batch_size: prompts sampled side by side.
         progress: label of a progress bar, or none.
+        backend: what writes.
 
     Raises:
         ModelError: where a prompt is empty.
         DataError: where the model has no end token.
     """
-    from transformers import GenerationConfig
-
     if not all(prompts):
         raise ModelError("sample: got an empty prompt, expected at least one token in each.")
     ends = end_tokens(model)
-    pad = model.pad_id
-    drawing = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
-    config = GenerationConfig(
-        max_new_tokens=max_new_tokens, eos_token_id=sorted(ends), pad_token_id=pad, top_k=0, **drawing
-    )
-    # Prompts of like length side by side; the order is part of what a seed means.
-    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
+    sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, ends=ends, pad_id=model.pad_id)
+    seeds = _seeds(prompts, seed)
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # prompts of like length side by side
     samples: dict[int, Sample] = {}
-    devices = [model.device] if model.device.type == "cuda" else []
     with (
-        torch.random.fork_rng(devices=devices),
         model.reading(role) as network,
-        _generating_by(network, config),
         tqdm(total=len(prompts), desc=progress, unit="answer", disable=None if progress else True) as bar,
     ):
-        torch.manual_seed(seed)
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
-            width = max(len(prompts[i]) for i in batch)
-            rows = [[pad] * (width - len(prompts[i])) + list(prompts[i]) for i in batch]
-            real = [[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in batch]
-            written = network.generate(
-                input_ids=torch.tensor(rows, device=model.device),
-                attention_mask=torch.tensor(real, device=model.device),
-            )[:, width:].tolist()
+            written = backend.write(network, [prompts[i] for i in batch], [seeds[i] for i in batch], sampling)
             for i, row in zip(batch, written, strict=True):
                 stop = next((n for n, token in enumerate(row) if token in ends), None)
                 completion = tuple(row if stop is None else row[: stop + 1])
@@ -96,15 +85,15 @@ def sample(
     return [samples[i] for i in range(len(prompts))]
 
 
-@contextmanager
-def _generating_by(network: Any, config: Any) -> Iterator[None]:
-    """Put `config` in the place of the model's own, whose top_k, min_p or penalties would fill what `config` leaves."""
-    shipped = network.generation_config
-    network.generation_config = config
-    try:
-        yield
-    finally:
-        network.generation_config = shipped
+def _seeds(prompts: Sequence[tuple[int, ...]], seed: int) -> list[int]:
+    """Return a seed for each prompt: of the whole sampling, the prompt, and how often it has been named before."""
+    before: Counter[tuple[int, ...]] = Counter()
+    found: list[int] = []
+    for prompt in prompts:
+        named = f"{seed} {before[prompt]} {list(prompt)}"
+        found.append(int.from_bytes(sha256(named.encode()).digest()[:8], "big"))  # unlike hash(), the same everywhere
+        before[prompt] += 1
+    return found
 
 
 def end_tokens(model: LanguageModel) -> frozenset[int]:

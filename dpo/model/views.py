@@ -14,13 +14,15 @@ from dpo.data import Example
 from dpo.errors import ConfigError
 from dpo.losses import Objective
 from dpo.model.base import LanguageModel, Role
+from dpo.model.episodes import Episode, Item, record
 from dpo.model.forest import Group
 from dpo.model.logprobs import NOTHING, Spread, completion_logps
 from dpo.model.reference import Key, Reference, summed
-from dpo.types import JudgementLogps, LossInput, PairLogps, TokenLogps
+from dpo.model.scalar import scores, values
+from dpo.types import JudgementLogps, LossInput, PairLogps, RankingScores, Rollout, TokenLogps
 
 
-def view(model: LanguageModel, reference: Reference, objective: Objective, examples: Sequence[Example]) -> LossInput:
+def view(model: LanguageModel, reference: Reference, objective: Objective, examples: Sequence[Any]) -> LossInput:
     """Score examples with the policy and return the record `objective` asks for, on the model's device.
 
     The fields that belong to a whole optimiser step are absent, see `step_fields`.
@@ -28,12 +30,12 @@ def view(model: LanguageModel, reference: Reference, objective: Objective, examp
     return _VIEWS[objective.view](model, reference, objective, examples)
 
 
-def keys(examples: Sequence[Example]) -> list[Key]:
+def keys(examples: Sequence[Item]) -> list[Key]:
     """Return every (prompt, completion) of the examples: what their reference log-probs depend on."""
     return [(example.prompt, completion) for example in examples for completion in example.completions]
 
 
-def tokens(examples: Sequence[Example]) -> int:
+def tokens(examples: Sequence[Item]) -> int:
     """Count the tokens of the examples, a shared prompt once."""
     return sum(len(example.prompt) + sum(map(len, example.completions)) for example in examples)
 
@@ -51,10 +53,22 @@ class Scored:
     """Each completion's, token by token, `(tokens,)`."""
     collisions: Sequence[Tensor] | None
     """As `TokenLogps.log_collision`; None where not asked for."""
+    entropies: Sequence[Tensor] | None = None
+    """Each completion's, token by token: the entropy in nats of the distribution that predicts it, without gradient;
+    None where not asked for."""
 
 
-def score(model: LanguageModel, wanted: Sequence[Key], role: Role = "policy", spread: Spread = NOTHING) -> Scored:
-    """Score completions in `role`, in the order given; a prompt, and a completion of it, once however often."""
+def score(
+    model: LanguageModel,
+    wanted: Sequence[Key],
+    role: Role = "policy",
+    spread: Spread = NOTHING,
+    temperature: int | float = 1.0,
+) -> Scored:
+    """Score completions in `role`, in the order given; a prompt, and a completion of it, once however often.
+
+    All that is told is of the distribution at `temperature`, which divides the logits (> 0).
+    """
     grouped: dict[Any, dict[Any, int]] = {}
     for prompt, completion in wanted:
         grouped.setdefault(prompt, {}).setdefault(completion, 0)
@@ -64,7 +78,7 @@ def score(model: LanguageModel, wanted: Sequence[Key], role: Role = "policy", sp
     }
     forest = model.forest([Group(prompt, list(completions)) for prompt, completions in grouped.items()])
     with model.role(role) as network, model.keeping():
-        scored = completion_logps(network, forest, spread=spread)
+        scored = completion_logps(network, forest, spread=spread, temperature=temperature)
     order, lengths = [place[key] for key in wanted], scored.lengths.tolist()
     index = torch.tensor(order, device=scored.sums.device)
 
@@ -72,8 +86,13 @@ def score(model: LanguageModel, wanted: Sequence[Key], role: Role = "policy", sp
         parts = values.split(lengths)
         return [parts[n] for n in order]
 
-    collisions = None if scored.collisions is None else placed(scored.collisions)
-    return Scored(scored.sums[index], scored.lengths[index], placed(scored.tokens), collisions)
+    return Scored(
+        scored.sums[index],
+        scored.lengths[index],
+        placed(scored.tokens),
+        collisions=None if scored.collisions is None else placed(scored.collisions),
+        entropies=None if scored.entropies is None else placed(scored.entropies),
+    )
 
 
 def _pairs(model: LanguageModel, reference: Reference, objective: Objective, examples: Sequence[Example]) -> PairLogps:
@@ -137,18 +156,66 @@ def _token_logps(scored: Scored, reference: Sequence[Tensor] | None, side: slice
     )
 
 
+def _rankings(
+    model: LanguageModel,
+    reference: Reference,  # noqa: ARG001 (every view is called the same way)
+    objective: Objective,  # noqa: ARG001
+    examples: Sequence[Example],
+) -> RankingScores:
+    wanted = keys(examples)
+    said = scores(model, wanted, model.trained[0])
+    ranks = [sorted(set(example.scores), reverse=True).index(one) for example in examples for one in example.scores]
+    return RankingScores(
+        scores=said,
+        rank=torch.tensor(ranks, device=said.device),
+        prompt_index=torch.tensor([n for n, one in enumerate(examples) for _ in one.completions], device=said.device),
+        margin=said.new_tensor([score for example in examples for score in example.scores]),
+        preference=said.new_tensor([example.preference for example in examples]),
+        weight=said.new_tensor([example.weight for example in examples]),
+    )
+
+
+def _rollouts(
+    model: LanguageModel,
+    reference: Reference,  # noqa: ARG001 (an episode holds what its reference said)
+    objective: Objective,
+    episodes: Sequence[Episode],
+) -> Rollout:
+    wanted = [one.key for one in episodes]
+    policy = score(model, wanted, temperature=episodes[0].temperature).tokens
+    value = values(model, wanted) if objective.needs_values else None
+    shown = None
+    if objective.needs_demonstrations:
+        shown = score(model, keys([one.demonstration for one in episodes if one.demonstration is not None])).sums
+    return record(episodes, policy, value, shown)
+
+
 _VIEWS: Mapping[str, Callable[..., LossInput]] = {
     "pairs": _pairs,
     "judgements": _judgements,
     "demonstrations": _judgements,
+    "comparisons": _rankings,
+    "rankings": _rankings,
+    "rollouts": _rollouts,
 }
 
 
-Record = TypeVar("Record", PairLogps, JudgementLogps)
+Record = TypeVar("Record", PairLogps, JudgementLogps, RankingScores, Rollout)
+
+
+def examples_in(record: LossInput) -> int:
+    """Return the number of examples in a record: pairs, judgements, prompts of rankings, completions of a rollout."""
+    if isinstance(record, PairLogps):
+        return len(record.chosen_length)
+    if isinstance(record, RankingScores):
+        return int(record.prompt_index.max()) + 1
+    return len(record.length if isinstance(record, JudgementLogps) else record.score)
 
 
 def concatenate(records: Sequence[Record], batches: Sequence[Sequence[int]]) -> Record:
     """Join the records of micro-batches, without their gradients, in the order that the indices in `batches` name."""
+    if isinstance(records[0], RankingScores):
+        return _concatenated_rankings(records, batches)
     order = torch.tensor([n for batch in batches for n in batch]).argsort()
 
     def joined(parts: Sequence[Any]) -> Any:
@@ -164,11 +231,32 @@ def concatenate(records: Sequence[Record], batches: Sequence[Sequence[int]]) -> 
     return type(records[0])(**{f.name: joined([getattr(r, f.name) for r in records]) for f in fields(records[0])})
 
 
+def _concatenated_rankings(records: Sequence[RankingScores], batches: Sequence[Sequence[int]]) -> RankingScores:
+    """Join rankings, whose completions stand behind one another, in the order of the examples."""
+    places = {
+        example: (record, n) for record, batch in zip(records, batches, strict=True) for n, example in enumerate(batch)
+    }
+    ordered = [places[example] for example in sorted(places)]
+
+    def joined(name: str) -> Any:
+        if getattr(records[0], name) is None:
+            return None
+        parts = [getattr(record, name) for record, _ in ordered]
+        if name in ("preference", "weight"):
+            return torch.stack([part[n] for part, (_, n) in zip(parts, ordered, strict=True)])
+        return torch.cat([p.detach()[one.prompt_index == n] for p, (one, n) in zip(parts, ordered, strict=True)])
+
+    counts = torch.stack([(record.prompt_index == n).sum() for record, n in ordered])
+    index = torch.arange(len(ordered), device=counts.device).repeat_interleave(counts)
+    names = ("scores", "rank", "margin", "preference", "weight")
+    return RankingScores(prompt_index=index, **{name: joined(name) for name in names})
+
+
 def step_fields(
     model: LanguageModel,
     reference: Reference,
     objective: Objective,
-    examples: Sequence[Example],
+    examples: Sequence[Any],
     batches: Sequence[Sequence[int]],
     mean_log_ratio: float,
 ) -> dict[str, Tensor]:
@@ -179,6 +267,9 @@ def step_fields(
     divided. Empty where the objective asks for none.
     """
     found: dict[str, Tensor] = {}
+    if objective.view == "rollouts":
+        lengths = [len(one.key[1]) for one in examples]
+        found["tokens_per_completion"] = torch.tensor(sum(lengths) / len(lengths), device=model.device)
     if objective.needs_mean_log_ratio:
         found["mean_log_ratio"] = torch.tensor(mean_log_ratio, device=model.device)
     if objective.needs_mismatched:
@@ -198,22 +289,29 @@ TOKENS = {"policy_chosen": "chosen_tokens", "policy_rejected": "rejected_tokens"
 
 
 def policy_logps(record: LossInput) -> dict[str, Tensor]:
-    """Return the log-probs of a record that carry the policy's gradient, by the name of their field."""
+    """Return what a record holds that carries a gradient, by the name of its field."""
     if isinstance(record, JudgementLogps):
         return {"policy": record.policy}
+    if isinstance(record, RankingScores):
+        return {"scores": record.scores}
+    if isinstance(record, Rollout):
+        known = {name: getattr(record, name) for name in ("policy", "value", "demonstration")}
+        return {name: one for name, one in known.items() if one is not None}
     found = {name: getattr(record, name) for name in TOKENS}
     return found | {field: one.policy for field in TOKENS.values() if (one := getattr(record, field)) is not None}
 
 
 def with_policy_logps(record: Record, logps: Mapping[str, Tensor]) -> Record:
     """Return the record with others in the places that `policy_logps` names."""
-    tokens = TOKENS.values()
+    tokens = [] if isinstance(record, Rollout) else TOKENS.values()
     changed = {n: replace(getattr(record, n), policy=one) if n in tokens else one for n, one in logps.items()}
     return replace(record, **changed)
 
 
 def log_ratios(record: LossInput) -> list[Tensor]:
     """Return the log-ratios of policy to reference in nats, `(batch,)` of each side; none without a reference."""
+    if isinstance(record, RankingScores | Rollout):
+        return []
     if isinstance(record, PairLogps):
         sides = [(record.policy_chosen, record.reference_chosen), (record.policy_rejected, record.reference_rejected)]
     else:
@@ -226,6 +324,8 @@ def largest_drift(record: LossInput) -> float:
 
     It is 0 where the policy starts at its reference, up to the rounding of different batch shapes.
     """
+    if isinstance(record, RankingScores | Rollout):
+        return 0.0
     pair = isinstance(record, PairLogps)
     lengths = [record.chosen_length, record.rejected_length] if pair else [record.length]
     drifts = [(ratio / length).abs().max() for ratio, length in zip(log_ratios(record), lengths, strict=False)]
@@ -233,17 +333,17 @@ def largest_drift(record: LossInput) -> float:
 
 
 @final
-class MovingReference(Reference):
-    """The policy's own past, as the model keeps it: scored anew at every call, since it is never the same twice."""
+class FreshReference(Reference):
+    """A role of the model, scored anew at every call: for a reference that moves, or completions never seen before."""
 
-    def __init__(self, model: LanguageModel) -> None:
-        """Score with `model`, which must have been started with a moving reference."""
-        self._model = model
+    def __init__(self, model: LanguageModel, role: Role) -> None:
+        """Score with `role` of `model`: "reference", or "moving" where it was started with one."""
+        self._model, self._role = model, role
 
     def prepare(self, keys: Iterable[Key], progress: bool = False) -> None:
-        """Nothing can be scored ahead."""
+        """Nothing is scored ahead."""
 
     def tokens(self, keys: Sequence[Key]) -> list[Tensor]:
-        """Score the completions in the role "moving", without dropout and gradient."""
-        with self._model.reading("moving"):
-            return list(score(self._model, keys, "moving").tokens)
+        """Score the completions in the role, without dropout and gradient."""
+        with self._model.reading(self._role):
+            return list(score(self._model, keys, self._role).tokens)

@@ -5,12 +5,13 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 from rich.console import Console
 
 from dpo.data import DataConfig, Drop, check
+from dpo.data.check import BadRow, Tally
 from dpo.errors import DataError
 
 GOOD = [{"prompt": f"prompt {n}", "chosen": "a good answer", "rejected": "bad"} for n in range(12)]
@@ -70,6 +71,7 @@ class TestReasons:
         assert (checked.eval_report.source, checked.eval_report.kept) == (evaluation, 1)
 
 
+@settings(deadline=None)  # a file is written and read each time
 @given(st.lists(st.sampled_from([*GOOD, *GONE.values()]), max_size=30))
 def test_no_row_is_lost_without_a_reason(tmp_path_factory, rows):
     path: Path = tmp_path_factory.getbasetemp() / "rows.jsonl"
@@ -80,6 +82,13 @@ def test_no_row_is_lost_without_a_reason(tmp_path_factory, rows):
     assert report.kept + report.total_dropped == report.read
     assert report.kept == len(checked.train) + len(checked.eval)
     assert all(len(shown) == min(3, report.dropped[reason]) for reason, shown in report.examples.items())
+
+
+def test_three_rows_of_each_reason_are_held_however_many_are_dropped():
+    tally = Tally()
+    for row in range(5):
+        tally.drop(BadRow(Drop.TIE), f"file:{row}")
+    assert (tally.dropped[Drop.TIE], tally.examples) == (5, {Drop.TIE: ["file:0", "file:1", "file:2"]})
 
 
 class TestTooManyDropped:
@@ -119,6 +128,18 @@ class TestReport:
         report = check(DataConfig(train=write_rows(rows))).report
         assert report.summary is not None
         assert (report.summary.desirable, report.summary.longer_wins) == (0.75, None)
+
+    def test_soft_labels_are_counted_with_their_mean_agreement(self, write_rows):
+        # 0.6 and 0.9 are soft; 1 is a certain label, and so is none given.
+        rows = [{**GOOD[n], "agreement": share} for n, share in enumerate((0.6, 0.9, 1))]
+        report = check(DataConfig(train=write_rows([*rows, GOOD[3]]))).report
+        assert report.summary is not None
+        assert (report.summary.soft, report.summary.agreement) == (2, pytest.approx(0.75))
+        assert "rows with a soft label: 2, mean agreement 0.75" in report.lines()
+        certain = check(DataConfig(train=write_rows([rows[2], GOOD[3]]))).report
+        assert certain.summary is not None
+        assert (certain.summary.soft, certain.summary.agreement) == (0, None)
+        assert "soft label" not in "".join(certain.lines())
 
     def test_lines_table_and_dict_say_the_same(self, write_rows):
         report = check(DataConfig(train=write_rows([*GOOD, GONE[Drop.WRONG_ROLE]]))).report

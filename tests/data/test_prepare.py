@@ -1,7 +1,10 @@
 """From a file to examples: views, truncation, mismatched completions, the fingerprint."""
 
+import json
 import subprocess
 import sys
+from dataclasses import replace
+from hashlib import sha256
 
 import pytest
 from hypothesis import given, settings
@@ -62,6 +65,124 @@ class TestViews:
     def test_an_empty_view_says_what_the_file_holds(self, write_rows, chatml, rows, view, held):
         with pytest.raises(DataError, match=f"expected rows that hold {view}. They hold {held}:"):
             prepare(DataConfig(train=write_rows(rows)), chatml, view)
+
+
+class TestRankings:
+    def prepared(self, write_rows, chatml, rows, view="rankings", **more):
+        return prepare(DataConfig(train=write_rows(rows), **{"eval_share": 0, **more}), chatml, view)
+
+    def test_comparisons_are_the_pairs_with_their_scores(self, write_rows, chatml):
+        rows = [*RATED, {"prompt": "p", "completions": ["x", "y"], "scores": [-1, 3.5], "agreement": 0.7, "weight": 2}]
+        pairs = self.prepared(write_rows, chatml, rows, "pairs").train
+        found = self.prepared(write_rows, chatml, rows, "comparisons").train
+        assert [replace(example, scores=()) for example in found] == pairs
+        assert [example.scores for example in found] == [(2, 1), (2, 1)] * 4 + [(3.5, -1)]
+        assert (found[-1].texts, found[-1].preference, found[-1].weight) == (("y", "x"), 0.7, 2)
+
+    def test_pairs_that_nobody_scored_count_as_one_and_zero(self, write_rows, chatml):
+        rows = [{**PAIRS[0], "chosen_score": 9, "rejected_score": 4}, *PAIRS[1:]]
+        for view in ("comparisons", "rankings"):
+            found = self.prepared(write_rows, chatml, rows, view).train
+            assert [example.scores for example in found[:2]] == [(9, 4), (1, 0)]
+
+    def test_rankings_hold_all_completions_best_first(self, write_rows, chatml):
+        rows = [{"prompt": "p", "completions": ["low", "top", "mid", "also mid"], "scores": [0, 9, 4, 4], "weight": 3}]
+        (one,) = self.prepared(write_rows, chatml, [{**rows[0], "agreement": 0.8}]).train
+        assert one.texts == ("top", "mid", "also mid", "low")
+        assert one.scores == (9, 4, 4, 0)
+        assert [decode(chatml, ids) for ids in one.completions] == [f"{text}{END}" for text in one.texts]
+        assert (one.preference, one.weight, one.prompt_messages) == (0.8, 3, (Message("user", "p"),))
+
+    def test_other_views_hold_no_scores(self, write_rows, chatml):
+        for view in ("pairs", "judgements", "demonstrations"):
+            assert all(example.scores == () for example in self.prepared(write_rows, chatml, RATED, view).train)
+
+    def test_equal_completions_count_once_at_their_best_place_and_are_counted(self, write_rows, make_tokenizer):
+        template = "{% for m in messages %}{{ m['content'] | lower + '</s>' }}{% endfor %}"  # no text is stripped
+        rows = [
+            {"prompt": "p", "completions": ["b", "a", " a", "A"], "scores": [2, 1, 3, 0]},
+            {"prompt": "q", "completions": ["b", "a", "c"], "scores": [2, 1, 3]},
+        ]
+        prepared = self.prepared(write_rows, make_tokenizer(template), rows)
+        assert [(e.texts, e.scores) for e in prepared.train] == [
+            ((" a", "b"), (3, 2)),  # " a" and "a" are one text, "a" and "A" the same tokens
+            (("c", "b", "a"), (3, 2, 1)),
+        ]
+        assert (prepared.report.kept, prepared.report.merged) == (2, 1)
+        assert "rankings with equal completions, counted once: 1" in prepared.report.lines()
+        assert prepared.report.to_dict()["merged"] == 1
+
+    def test_a_ranking_that_merging_leaves_without_an_order_is_dropped(self, write_rows, make_tokenizer):
+        template = "{% for m in messages %}{{ m['content'] | lower + '</s>' }}{% endfor %}"
+        rows = [
+            {"prompt": "p", "completions": ["X", "x"], "scores": [2, 1]},
+            {"prompt": "q", "completions": ["a", "b", "A"], "scores": [2, 2, 1]},
+            *RATED,
+        ]
+        report = self.prepared(write_rows, make_tokenizer(template), rows).report
+        assert report.dropped == {Drop.IDENTICAL: 1, Drop.TIE: 1}
+        assert (report.kept, report.merged) == (4, 0)
+
+    def test_fewer_than_two_completions_are_unused(self, write_rows, chatml):
+        rows = [*RATED, {"prompt": "p", "completions": ["a"], "scores": [1]}]
+        report = self.prepared(write_rows, chatml, rows).report
+        assert (report.kept, report.unused, report.total_dropped) == (4, 1, 0)
+
+    @pytest.mark.parametrize("view", ["comparisons", "rankings"])
+    def test_thumbs_hold_neither(self, write_rows, chatml, view):
+        with pytest.raises(
+            DataError, match=f"expected rows that hold {view}. They hold judgements and demonstrations:"
+        ):
+            self.prepared(write_rows, chatml, THUMBS, view)
+
+
+class TestPrompts:
+    def prepared(self, write_rows, chatml, rows, **more):
+        return prepare(DataConfig(train=write_rows(rows), **{"eval_share": 0, **more}), chatml, "prompts")
+
+    def test_one_example_a_prompt_with_the_answer_people_gave(self, write_rows, chatml):
+        prepared = self.prepared(write_rows, chatml, [*PAIRS[:2], {"prompt": "open", "chosen": "x", "rejected": "y"}])
+        assert [example.texts for example in prepared.train] == [("good 0",), ("good 1",), ("x",)]
+        assert all(example.completions == () == example.scores for example in prepared.train)
+        assert decode(chatml, prepared.train[2].prompt) == "<|im_start|>user\nopen<|im_end|>\n<|im_start|>assistant\n"
+        assert prepared.train[0].preference == 1
+
+    def test_prompts_without_an_answer_hold_none(self, write_rows, chatml):
+        prepared = self.prepared(write_rows, chatml, [{"prompt": "a"}, {"prompt": "b"}])
+        assert [example.texts for example in prepared.train] == [(), ()]
+
+    def test_a_repeated_prompt_appears_once_with_the_first_answer_any_row_has(self, write_rows, chatml):
+        rows = [
+            {"prompt": "p", "completion": "poor", "label": False},
+            {"prompt": "q", "completion": "fine", "label": True},
+            {"prompt": "p", "completion": "good", "label": True},
+            {"prompt": "p", "completion": "better", "label": True},
+        ]
+        prepared = self.prepared(write_rows, chatml, rows)
+        assert [(e.prompt_messages[0].content, e.texts) for e in prepared.train] == [("p", ("good",)), ("q", ("fine",))]
+        assert prepared.train[0].source.endswith(":3")
+        assert (prepared.report.read, prepared.report.kept, prepared.report.unused) == (4, 2, 2)
+
+    def test_a_prompt_on_both_sides_of_the_split_is_on_neither_twice(self, write_rows, chatml):
+        rows = [{**row, "prompt": f"question {n % 6}"} for n, row in enumerate(THUMBS)]
+        prepared = self.prepared(write_rows, chatml, rows, eval_share=0.4)
+        ids = [example.prompt for example in (*prepared.train, *prepared.eval)]
+        assert len(ids) == len(set(ids)) == 6
+        assert prepared.eval
+
+    def test_a_prompt_that_leaves_no_room_is_dropped_and_a_long_answer_is_no_reason(self, write_rows, make_tokenizer):
+        rows = [
+            {"prompt": "BCDEFG", "completion": "X"},  # six tokens: room for one of a completion
+            {"prompt": "BCDEFGH", "completion": "X"},
+            {"prompt": "BCD", "completion": "XYZQXYZQXYZQ"},
+        ]
+        config = {"max_length": 7, "max_dropped_share": 0.9}
+        prepared = self.prepared(write_rows, make_tokenizer(), rows, **config)
+        assert [len(example.prompt) for example in prepared.train] == [6, 3]
+        assert prepared.report.dropped == {Drop.OVERLONG_PROMPT: 1}
+        cut = self.prepared(write_rows, make_tokenizer(), rows, overlong="truncate_prompt", **config)
+        assert decode(make_tokenizer(), cut.train[1].prompt) == "CDEFGH"
+        assert cut.report.truncated == 1
 
 
 class TestSides:
@@ -211,6 +332,35 @@ class TestFingerprint:
         straight = self.fingerprint(write_rows, chatml, PAIRS)
         assert straight != self.fingerprint(write_rows, chatml, PAIRS[::-1])
         assert straight != self.fingerprint(write_rows, chatml, PAIRS, eval_share=0.3)
+
+    @pytest.mark.parametrize(
+        ("rows", "view"), [(PAIRS, "pairs"), (RATED, "pairs"), (THUMBS, "judgements"), (RATED, "demonstrations")]
+    )
+    def test_it_is_what_finished_runs_have_recorded(self, write_rows, chatml, rows, view):
+        prepared = prepare(DataConfig(train=write_rows(rows), eval_share=0), chatml, view)
+        digest = sha256()
+        for e in prepared.train:
+            values = ["train", e.prompt, e.completions, e.preference, e.desirable, e.weight]
+            digest.update(json.dumps(values).encode() + b"\n")
+        assert prepared.fingerprint == digest.hexdigest()
+
+    @pytest.mark.parametrize("view", ["comparisons", "rankings"])
+    def test_scores_change_it_where_they_are_read(self, write_rows, chatml, view):
+        changed = [{**RATED[0], "scores": [3, 1, 1]}, *RATED[1:]]
+        first, second, pairs, changed_pairs = (
+            prepare(DataConfig(train=write_rows(rows), eval_share=0), chatml, of).fingerprint
+            for rows, of in ((RATED, view), (changed, view), (RATED, "pairs"), (changed, "pairs"))
+        )
+        assert first != second
+        assert pairs == changed_pairs != first
+
+    def test_the_answer_that_goes_with_a_prompt_changes_it(self, write_rows, chatml):
+        changed = [{**PAIRS[0], "chosen": "another"}, *PAIRS[1:]]
+        first, second = (
+            prepare(DataConfig(train=write_rows(rows), eval_share=0), chatml, "prompts").fingerprint
+            for rows in (PAIRS, changed)
+        )
+        assert first != second
 
     def test_a_label_changes_it(self, write_rows, chatml):
         flipped = [{**THUMBS[0], "label": False}, *THUMBS[1:]]

@@ -4,9 +4,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from transformers import LlamaConfig
 from typer.testing import CliRunner, Result
 
+from dpo import recipes
 from dpo.cli import app
+from dpo.data import DataConfig
+from dpo.recipes.reward_ppo import reward_ppo
+from dpo.settings import Run
 
 
 @pytest.fixture(autouse=True)
@@ -53,6 +58,94 @@ def test_every_stage_has_its_plan_and_the_second_a_frozen_adapter(bare_model: st
     assert done.stdout.count("frozen reference adapter") == 1
     assert done.stdout.count("base weights (nf4)") == 2
     assert "demonstrations, 4,096 tokens" in done.stdout  # one completion each
+
+
+def test_a_reward_model_and_ppo_through_it_have_their_plans(bare_model: str) -> None:
+    done = planned(
+        bare_model,
+        "--gpu=24GB",
+        "model.quantization=nf4",
+        "data.max_length=512",
+        "ppo.rollout.max_new_tokens=128",
+        "loop.per_device_train_batch_size=4",
+        recipe="reward_ppo",
+    )
+    assert done.exit_code == 0, done.stderr
+    reward, ppo = done.stdout.split("Memory plan: bare")[1:]
+    assert "reward adapter and head" in reward
+    assert "4 comparisons, 4,096 tokens" in reward  # two completions each
+    for said in ("│ head ", "adapter weights", "value adapter", "sampling"):
+        assert said not in reward
+    for said in (
+        "adapter weights",
+        "value adapter and head",
+        "reward adapters and heads (1)",
+        "│ head ",
+        "this run: 64 at once",
+        "this run: 4 completions, 2,560 tokens",
+    ):
+        assert said in ppo
+    for stage in (reward, ppo):
+        assert "It fits 24GB; gradient checkpointing is not needed" in stage
+    assert "frozen reference adapter" not in done.stdout  # PPO starts from the base, and is held against it
+
+
+def test_demonstrations_beside_completions_are_counted(bare_model: str) -> None:
+    arguments = ["data.max_length=512", "ppo.rollout.max_new_tokens=128", "ppo.loop.per_device_max_tokens=2600"]
+    done = planned(bare_model, "--gpu=24GB", *arguments, "ppo.objective.ptx_coefficient=27.8", recipe="reward_ppo")
+    assert done.exit_code == 0, done.stderr
+    assert "4 completions, 4,608 tokens" in done.stdout  # 4 x 640 within the limit, and 4 x 512 beside them
+
+
+def test_no_more_is_sampled_at_once_than_a_rollout_has(bare_model: str) -> None:
+    few = ["ppo.rollout.prompts_per_rollout=5", "ppo.rollout.completions_per_prompt=2"]
+    done = planned(bare_model, "--gpu=24GB", *few, recipe="reward_ppo")
+    assert done.exit_code == 0, done.stderr
+    assert "this run: 10 at once" in done.stdout
+
+
+def test_a_stage_takes_the_shape_of_the_stage_it_names(bare_model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SFT of rank 32, a reward model of rank 16, then PPO from the first: of rank 32 as well."""
+
+    def three(data: DataConfig) -> tuple[Run, ...]:
+        reward, ppo = reward_ppo(data)
+        sft = Run.of({"name": "sft", "data": data, "objective": "sft", "model": {"lora": {"r": 32}}}, "test")
+        return sft, reward, ppo.override({"model": {"adapter": "stage:sft"}})
+
+    monkeypatch.setattr(recipes, "find", lambda _: three)
+    done = planned(bare_model, "--gpu=24GB", recipe="three")
+    assert done.exit_code == 0, done.stderr
+    ppo = done.stdout.split("Memory plan: bare")[3]
+    for part in ("adapter weights", "frozen reference adapter"):
+        (line,) = (one for one in ppo.splitlines() if part in one)
+        assert "128.00 KiB" in line  # 4 bytes x 32 ranks x the 1,024 numbers of one in this model
+
+
+@pytest.mark.slow
+def test_ppo_of_8b_parameters_fits_24_gb(tmp_path: Path) -> None:
+    """Of Llama 3.1's shape, in 4 bits, with all four roles, prompts of 512 and completions of 128 tokens."""
+    LlamaConfig(
+        hidden_size=4096,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        intermediate_size=14336,
+        vocab_size=128256,
+        max_position_embeddings=131072,
+    ).save_pretrained(tmp_path / "8b")
+    done = planned(
+        "8b",
+        "--gpu=24GB",
+        "model.quantization=nf4",
+        "data.max_length=512",
+        "loop.per_device_train_batch_size=4",
+        "ppo.rollout.max_new_tokens=128",
+        "ppo.rollout.sampling_batch_size=4",
+        recipe="reward_ppo",
+    )
+    assert done.exit_code == 0, done.stderr
+    reward, ppo = done.stdout.split("Memory plan: 8b")[1:]
+    assert reward, ppo
 
 
 def test_without_a_card_it_plans_for_this_machine(bare_model: str) -> None:

@@ -59,7 +59,7 @@ EXPECTED = {
     "exo": same(0.5 * math.log(0.5 / 0.999) + 0.5 * math.log(0.5 / 0.001)),
     "fdpo": same(LN2),
     "hinge": same(1.0),
-    "ipo": same(1 / (4 * 0.1**2)),
+    "ipo": same(1 / (4 * 0.5**2)),
     "kto": same(0.5),
     "lddpo": same(LN2),
     "mixture": lambda logps: each(logps, lambda c, r, m, n: 0.8 * LN2 + 0.2 * 2 * LN2 - c / m),
@@ -81,7 +81,9 @@ EXPECTED = {
 
 
 def test_every_objective_states_its_loss_at_step_0():
-    assert set(EXPECTED) == set(names()), "an objective has no line in EXPECTED, or a line no objective"
+    # Reward models have no reference; what rollouts lose is measured from the policy that sampled them.
+    compared = {name for name in names() if find(name).view in ("pairs", "judgements", "demonstrations")}
+    assert set(EXPECTED) == compared, "an objective has no line in EXPECTED, or a line no objective"
 
 
 @pytest.mark.parametrize("name", EXPECTED)

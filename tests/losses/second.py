@@ -108,7 +108,7 @@ def dpo(pair: Pair, *, beta=0.1) -> Real:
     return expected(pair, lambda win, lose: -log_sigmoid(beta * margin(win, lose)))
 
 
-def ipo(pair: Pair, *, tau=0.1, reduction="mean") -> Real:
+def ipo(pair: Pair, *, tau=0.5, reduction="mean") -> Real:
     def loss(win: Completion, lose: Completion) -> Real:
         per_token = win.log_ratio / win.length - lose.log_ratio / lose.length
         return ((per_token if reduction == "mean" else margin(win, lose)) - 1 / (2 * number(tau))) ** 2
@@ -188,7 +188,7 @@ def discopop(pair: Pair, *, beta=0.05, tau=0.05) -> Real:
     return expected(pair, loss)
 
 
-def fdpo(pair: Pair, *, beta=0.1, divergence="forward_kl", alpha=0.5) -> Real:
+def fdpo(pair: Pair, *, beta=0.1, divergence="js", alpha=0.5) -> Real:
     def slope(y: Completion) -> Real:
         """f'(u) up to a constant: of u log u, -log u, u log u - (1 + u) log((1 + u) / 2), and the alpha family."""
         u = exp(y.log_ratio)

@@ -105,9 +105,3 @@ def test_missing_reference_is_named(pairing, field):
     object.__setattr__(logps, field, None)
     with pytest.raises(ValueError, match=rf"PairLogps\.{field} must hold .* got None"):
         AOT(pairing=pairing)(logps)
-
-
-@pytest.mark.parametrize("beta", [0, -1.0, math.nan, True])
-def test_bad_beta_is_refused(beta):
-    with pytest.raises(ValueError, match=r"^AOT\.beta must be"):
-        AOT(beta=beta)

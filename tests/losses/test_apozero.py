@@ -1,4 +1,4 @@
-"""APOZero in hand numbers and in closed form."""
+"""APOZero in closed form, and where it saturates."""
 
 import math
 
@@ -32,34 +32,13 @@ def slopes(logps: PairLogps) -> list[float]:
     return [logps.policy_chosen.grad.item(), logps.policy_rejected.grad.item()]
 
 
-def test_hand_numbers():
-    # beta = 0.5: rewards 1 and -0.5. sigma(1) = 0.7310585786300049, sigma(-0.5) = 0.3775406687981454
-    # loss = 1 - 0.7310585786300049 + 0.3775406687981454 = 0.6464820901681406
-    # d / d L_w = -0.5 sigma(1) sigma(-1) = -0.0983059666207409, d / d L_l = 0.5 sigma(0.5) sigma(-0.5)
-    logps = pairs([2.0], [-1.0])
-    out = APOZero(beta=0.5)(logps)
-    out.loss.backward()
-    assert out.loss.item() == pytest.approx(0.6464820901681406, abs=1e-12)
-    assert slopes(logps) == pytest.approx([-0.0983059666207409, 0.1175018561007972], abs=1e-12)
-    assert out.rewards.tolist() == [[1.0, -0.5]]
-
-
-def test_a_weight_multiplies_its_pair_and_the_mean_is_over_pairs():
-    out = APOZero(beta=0.5)(pairs([2.0, 2.0, 0.0], [-1.0, -1.0, 0.0], weight=[3.0, 1.0, 0.0]))
-    assert out.losses.tolist() == pytest.approx([3 * 0.6464820901681406, 0.6464820901681406, 0], abs=1e-12)
-    assert out.loss.item() == pytest.approx(4 * 0.6464820901681406 / 3, abs=1e-12)
-
-
 @pytest.mark.parametrize("beta", [0.1, 2])
 def test_loss_is_1_where_the_policy_is_the_reference(beta):
     # With the paper's constant; without it the loss would be 0 there.
     assert APOZero(beta=beta)(pairs([0.0, 0.0], [0.0, 0.0], preference=[1.0, 0.7])).losses.tolist() == [1, 1]
 
 
-def test_soft_label_hand_number_and_an_even_one_does_not_pull():
-    # p = 0.8: 1 - 0.6 (0.7310585786300049 - 0.3775406687981454) = 0.7878892541008843
-    loss = APOZero(beta=0.5)(pairs([2.0], [-1.0], preference=[0.8])).loss
-    assert loss.item() == pytest.approx(0.7878892541008843, abs=1e-12)
+def test_an_even_label_does_not_pull():
     even = pairs([2.0], [-1.0], preference=[0.5])
     APOZero(beta=0.5)(even).loss.backward()
     assert slopes(even) == pytest.approx([0, 0], abs=1e-15)
@@ -84,9 +63,3 @@ def test_it_saturates_between_0_and_2_and_keeps_small_losses_exact():
     best, worst = APOZero(beta=1)(pairs([50.0, -1e4], [-50.0, 1e4])).losses.tolist()
     assert best == pytest.approx(2 * math.exp(-50), rel=1e-12, abs=0)
     assert worst == 2
-
-
-@pytest.mark.parametrize("beta", [0, -0.1, math.nan, math.inf, True])
-def test_bad_beta_is_refused(beta):
-    with pytest.raises(ValueError, match=r"^APOZero\.beta must be"):
-        APOZero(beta=beta)

@@ -89,9 +89,3 @@ def test_values_and_gradients_equal_a_second_implementation():
 def test_missing_field_is_named(field: str):
     with pytest.raises(ValueError, match=rf"JudgementLogps\.{field} must hold"):
         BCO()(replace(judgements([0.0], [True]), **{field: None}))
-
-
-@pytest.mark.parametrize("value", [0, -1.0, math.nan, math.inf, True])
-def test_bad_beta_is_refused(value):
-    with pytest.raises(ValueError, match=r"^BCO\.beta must be"):
-        BCO(beta=value)

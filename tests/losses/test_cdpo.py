@@ -1,4 +1,4 @@
-"""CDPO in hand numbers and in closed form."""
+"""CDPO in closed form: its optimum, and DPO on smoothed labels."""
 
 import math
 
@@ -34,24 +34,6 @@ def slopes(logps: PairLogps) -> list[float]:
     return [logps.policy_chosen.grad.item(), logps.policy_rejected.grad.item()]
 
 
-def test_hand_numbers():
-    # beta = 0.5: z = 0.5 (2 + 1) = 1.5, -log sigma(1.5) = 0.2014132779827525, -log sigma(-1.5) = 1.7014132779827525.
-    # loss = 0.9 * 0.2014132779827525 + 0.1 * 1.7014132779827525 = 0.3514132779827524
-    # d loss / d L_w = beta (sigma(z) - 0.9) = 0.5 (0.8175744761936437 - 0.9) = -0.0412127619031782
-    logps = pairs([2.0], [-1.0])
-    out = CDPO(beta=0.5)(logps)
-    out.loss.backward()
-    assert out.loss.item() == pytest.approx(0.3514132779827524, abs=1e-12)
-    assert slopes(logps) == pytest.approx([-0.0412127619031782, 0.0412127619031782], abs=1e-12)
-    assert out.rewards.tolist() == [[1.0, -0.5]]
-
-
-def test_a_weight_multiplies_its_pair_and_the_mean_is_over_pairs():
-    out = CDPO(beta=0.5)(pairs([2.0, 2.0, 0.0], [-1.0, -1.0, 0.0], weight=[3.0, 1.0, 0.0]))
-    assert out.losses.tolist() == pytest.approx([3 * 0.3514132779827524, 0.3514132779827524, 0], abs=1e-12)
-    assert out.loss.item() == pytest.approx(4 * 0.3514132779827524 / 3, abs=1e-12)
-
-
 @pytest.mark.parametrize("smoothing", [0, 0.1, 0.4])
 def test_loss_is_ln_2_where_the_policy_is_the_reference(smoothing):
     out = CDPO(label_smoothing=smoothing)(pairs([0.0, 0.0], [0.0, 0.0], preference=[1.0, 0.7]))
@@ -82,15 +64,3 @@ def test_smoothing_bounds_the_margin_where_the_robust_loss_does_not():
     logps = pairs([100.0], [0.0])
     RobustDPO()(logps).loss.backward()
     assert slopes(logps)[0] < 0
-
-
-@pytest.mark.parametrize("beta", [0, -0.1, math.nan, math.inf, True])
-def test_bad_beta_is_refused(beta):
-    with pytest.raises(ValueError, match=r"^CDPO\.beta must be"):
-        CDPO(beta=beta)
-
-
-@pytest.mark.parametrize("smoothing", [-0.1, 0.5, 1, math.nan, True])
-def test_bad_label_smoothing_is_refused(smoothing):
-    with pytest.raises(ValueError, match=r"^CDPO\.label_smoothing must be"):
-        CDPO(label_smoothing=smoothing)

@@ -1,4 +1,4 @@
-"""DiscoPOP in hand numbers, its local minimum, and against a second implementation in plain floats."""
+"""DiscoPOP: its local minimum, its limits, and a second implementation in plain floats."""
 
 import math
 import random
@@ -20,19 +20,6 @@ def pairs(rows, preference=None, weight=None) -> PairLogps:
 def gap(*nats, **others) -> PairLogps:
     """Pairs whose chosen log-ratio is the gap."""
     return pairs([(float(one), 0.0, 0.0, 0.0, 3, 5) for one in nats], **others)
-
-
-def test_hand_numbers():
-    # beta = tau = 0.05, gap 1 nat: z = 0.05, m = sigma(1) = 0.7310585786300049.
-    # f = (1 - m) ln(1 + e^-0.05) + m e^-0.05 = 0.1797765 + 0.6954045 = 0.8751809188917093
-    # f' = m (1 - m) / tau (e^-z - ln(1 + e^-z)) - (1 - m) sigma(-z) - m e^-z = 0.2854041742114586, times beta 0.05
-    logps = gap(1)
-    out = DiscoPOP()(logps)
-    out.loss.backward()
-    assert out.loss.item() == pytest.approx(0.8751809188917093, abs=1e-15)
-    assert logps.policy_chosen.grad.item() == pytest.approx(0.01427020871057293, abs=1e-15)
-    assert logps.policy_rejected.grad.item() == pytest.approx(-0.01427020871057293, abs=1e-15)
-    assert out.rewards.tolist() == [[0.05, 0.0]]
 
 
 @pytest.mark.parametrize("tau", [0.01, 0.05, 0.3, 1])
@@ -104,14 +91,3 @@ def test_values_and_gradients_equal_a_second_implementation(tau):
         expected.append((p * right + (1 - p) * wrong, 0.05 * (p * rise - (1 - p) * fall)))
     got = torch.stack([out.losses, logps.policy_chosen.grad], 1)
     torch.testing.assert_close(got, torch.tensor(expected, dtype=torch.float64), rtol=1e-9, atol=1e-9)
-
-
-def test_weight_multiplies():
-    weighted, plain = DiscoPOP()(gap(1, -4, weight=[0.0, 3.0])), DiscoPOP()(gap(1, -4))
-    assert weighted.losses.tolist() == [0, 3 * plain.losses[1].item()]
-
-
-@pytest.mark.parametrize(("name", "value"), [("beta", 0), ("beta", -1.0), ("tau", 0), ("tau", 1.5), ("tau", math.nan)])
-def test_bad_hyper_parameter_is_refused(name, value):
-    with pytest.raises(ValueError, match=rf"^DiscoPOP\.{name} must be"):
-        DiscoPOP(**{name: value})

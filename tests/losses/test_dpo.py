@@ -1,4 +1,4 @@
-"""DPO in hand numbers, in closed form, and against a second implementation in plain floats."""
+"""DPO in closed form, and against a second implementation in plain floats."""
 
 import math
 import random
@@ -24,28 +24,6 @@ def pairs(policy_chosen, policy_rejected, reference_chosen, reference_rejected, 
         **lengths,
         **{name: column(values) for name, values in others.items()},
     )
-
-
-def test_hand_numbers():
-    # r_w = -10 + 12 = 2, r_l = -14 + 13 = -1, z = 0.5 (2 + 1) = 1.5, loss = ln(1 + e^-1.5) = 0.2014132779827525
-    # d loss / d L_w = -beta sigma(-z) = -0.5 * 0.1824255238063563 = -0.0912127619031782; by L_l its opposite
-    logps = pairs([-10.0], [-14.0], [-12.0], [-13.0], chosen_length=[4], rejected_length=[9])
-    out = DPO(beta=0.5)(logps)
-    out.loss.backward()
-    assert out.loss.item() == pytest.approx(0.2014132779827525, abs=1e-15)
-    assert logps.policy_chosen.grad.item() == pytest.approx(-0.0912127619031782, abs=1e-15)
-    assert logps.policy_rejected.grad.item() == pytest.approx(0.0912127619031782, abs=1e-15)
-    assert out.rewards.tolist() == [[1.0, -0.5]]
-    assert {name: value.item() for name, value in out.metrics.items()} == {
-        "reward/chosen": 1.0,
-        "reward/rejected": -0.5,
-        "reward/margin": 1.5,
-        "reward/accuracy": 1.0,
-        "logp/chosen": -10.0,
-        "logp/rejected": -14.0,
-        "length/chosen": 4.0,
-        "length/rejected": 9.0,
-    }
 
 
 def test_metrics_average_over_pairs_and_a_tie_counts_half():
@@ -107,12 +85,6 @@ def test_missing_reference_is_named(field: str):
     object.__setattr__(logps, field, None)
     with pytest.raises(ValueError, match=rf"PairLogps.{field} must hold .* got None"):
         DPO()(logps)
-
-
-@pytest.mark.parametrize("beta", [0, 0.0, -0.1, math.nan, math.inf, True])
-def test_bad_beta_is_refused(beta):
-    with pytest.raises(ValueError, match=r"^DPO\.beta must be"):
-        DPO(beta=beta)
 
 
 def test_message_of_a_bad_beta():

@@ -1,4 +1,4 @@
-"""DPONorm in hand numbers, and where it is DPO."""
+"""DPONorm in closed form, and where it is DPO."""
 
 import math
 
@@ -36,44 +36,13 @@ def slopes(logps: PairLogps) -> list[float]:
 LENGTHS = {"chosen_length": [4], "rejected_length": [10]}
 
 
-def test_hand_numbers():
-    # beta = 5: z = 5 (2 / 4 + 1 / 10) = 3, loss = ln(1 + e^-3) = 0.0485873515737421, sigma(-3) = 0.0474258731775668
-    # d / d L_w = -5 sigma(-3) / 4 = -0.0592823414719585, d / d L_l = 5 sigma(-3) / 10 = 0.0237129365887834
-    logps = pairs([2.0], [-1.0], **LENGTHS)
-    out = DPONorm()(logps)
-    out.loss.backward()
-    assert out.loss.item() == pytest.approx(0.0485873515737421, abs=1e-12)
-    assert slopes(logps) == pytest.approx([-0.0592823414719585, 0.0237129365887834], abs=1e-12)
-    assert out.rewards.tolist() == [pytest.approx([2.5, -0.5])]  # per token, as the loss compares them
-    assert out.metrics["reward/margin"].item() == pytest.approx(3)
-    assert out.metrics["logp/chosen"].item() == -18  # always the sum over tokens
-
-
-def test_a_weight_multiplies_its_pair_and_the_mean_is_over_pairs():
-    out = DPONorm()(
-        pairs(
-            [2.0, 2.0, 0.0],
-            [-1.0, -1.0, 0.0],
-            weight=[3.0, 1.0, 0.0],
-            chosen_length=[4, 4, 4],
-            rejected_length=[10, 10, 10],
-        )
-    )
-    assert out.losses.tolist() == pytest.approx([3 * 0.0485873515737421, 0.0485873515737421, 0], abs=1e-12)
-    assert out.loss.item() == pytest.approx(4 * 0.0485873515737421 / 3, abs=1e-12)
-
-
 @pytest.mark.parametrize("beta", [0.5, 5.0, 20])
 def test_loss_is_ln_2_where_the_policy_is_the_reference(beta):
     logps = pairs([0.0, 0.0], [0.0, 0.0], chosen_length=[1, 30], rejected_length=[30, 1], preference=[1.0, 0.7])
     assert DPONorm(beta=beta)(logps).losses.tolist() == pytest.approx([math.log(2)] * 2, abs=1e-15)
 
 
-def test_soft_label_hand_number_and_optimum():
-    # z = 3 as above, p = 0.8: 0.8 * 0.0485873515737421 + 0.2 * 3.0485873515737421 = 0.6485873515737421
-    assert DPONorm()(pairs([2.0], [-1.0], preference=[0.8], **LENGTHS)).loss.item() == pytest.approx(
-        0.6485873515737421, abs=1e-12
-    )
+def test_optimum_of_a_soft_label():
     # The least is at z = logit 0.8 = ln 4: with beta = 5 and 4 tokens at r_w = 4 ln 4 / 5.
     logps = pairs([0.8 * math.log(4)], [0.0], preference=[0.8], **LENGTHS)
     DPONorm()(logps).loss.backward()
@@ -90,9 +59,3 @@ def test_length_alone_earns_no_reward():
     logps = pairs([10.0], [1.0], chosen_length=[100], rejected_length=[10])
     assert DPONorm()(logps).loss.item() == pytest.approx(math.log(2), abs=1e-12)
     assert DPO()(logps).loss.item() < 0.5
-
-
-@pytest.mark.parametrize("beta", [0, -0.1, math.nan, math.inf, True])
-def test_bad_beta_is_refused(beta):
-    with pytest.raises(ValueError, match=r"^DPONorm\.beta must be"):
-        DPONorm(beta=beta)

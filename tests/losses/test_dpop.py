@@ -1,4 +1,4 @@
-"""DPO-Positive in hand numbers and at its limits."""
+"""DPO-Positive at its limits."""
 
 import math
 
@@ -19,19 +19,6 @@ def pairs(rows, preference=None, weight=None) -> PairLogps:
 
 BOTH_FALL = (-11.0, -16.0, -10.0, -13.0, 4, 9)
 """r_w = -1, r_l = -3."""
-
-
-def test_hand_numbers_where_both_have_fallen():
-    # h = -1 - 5 * 1 = -6, z = 0.1 (-6 + 3) = -0.3, loss = ln(1 + e^0.3) = 0.8543552444685272 > ln 2 though r_w > r_l
-    # d / d L_w = -0.1 (1 + 5) sigma(0.3) = -0.6 * 0.574442516811659, d / d L_l = 0.1 sigma(0.3)
-    logps = pairs([BOTH_FALL])
-    out = DPOP(beta=0.1, penalty_weight=5)(logps)
-    out.loss.backward()
-    assert out.loss.item() == pytest.approx(0.8543552444685272, abs=1e-15)
-    assert out.loss.item() > math.log(2)
-    assert logps.policy_chosen.grad.item() == pytest.approx(-0.6 * 0.574442516811659, abs=1e-15)
-    assert logps.policy_rejected.grad.item() == pytest.approx(0.1 * 0.574442516811659, abs=1e-15)
-    assert out.rewards[0].tolist() == pytest.approx([-0.6, -0.3], abs=1e-15)
 
 
 def test_defaults_are_the_paper_s():
@@ -57,22 +44,3 @@ def test_at_the_reference_it_is_dpo_to_the_first_order():
 def test_weight_0_of_the_penalty_is_dpo():
     ours = DPOP(beta=0.1, penalty_weight=0)(pairs([BOTH_FALL], preference=[0.7]))
     assert ours.loss.item() == pytest.approx(DPO()(pairs([BOTH_FALL], preference=[0.7])).loss.item(), abs=1e-15)
-
-
-def test_a_reversed_label_penalises_the_other_completion():
-    # beta = 0.1, lambda = 5, p = 0.75. As labelled z = -0.3; reversed h(r_l) = -3 - 15 = -18, z = 0.1 (-18 + 1) = -1.7.
-    # 0.75 ln(1 + e^0.3) + 0.25 ln(1 + e^1.7)
-    expected = 0.75 * math.log1p(math.exp(0.3)) + 0.25 * math.log1p(math.exp(1.7))
-    loss = DPOP(beta=0.1, penalty_weight=5)(pairs([BOTH_FALL], preference=[0.75])).loss.item()
-    assert loss == pytest.approx(expected, abs=1e-14)
-
-
-def test_weight_multiplies():
-    weighted, plain = DPOP()(pairs([BOTH_FALL, BOTH_FALL], weight=[0.0, 3.0])), DPOP()(pairs([BOTH_FALL]))
-    assert weighted.losses.tolist() == [0, 3 * plain.loss.item()]
-
-
-@pytest.mark.parametrize(("name", "value"), [("beta", 0), ("penalty_weight", -1), ("penalty_weight", math.nan)])
-def test_bad_hyper_parameter_is_refused(name, value):
-    with pytest.raises(ValueError, match=rf"^DPOP\.{name} must be"):
-        DPOP(**{name: value})

@@ -115,16 +115,3 @@ def test_the_tangent_joins_without_a_step_and_leaves_no_rounding_behind(divergen
     torch.testing.assert_close(logps.policy_chosen.grad[0], logps.policy_chosen.grad[1], rtol=1e-7, atol=0)
     exact = -1e-14 * math.exp(2 * order) / 2  # -beta sigma(-z) e^(-alpha r) at r = -2
     assert logps.policy_chosen.grad[2].item() == pytest.approx(exact, rel=1e-12)
-
-
-def test_weight_multiplies():
-    weighted, plain = FDPO()(pairs([ROW, ROW], weight=[0.0, 3.0])), FDPO()(pairs([ROW]))
-    assert weighted.losses.tolist() == pytest.approx([0, 3 * plain.loss.item()], abs=1e-15)
-
-
-@pytest.mark.parametrize(
-    ("name", "value"), [("beta", 0), ("alpha", 0), ("alpha", 1), ("alpha", math.nan), ("beta", math.inf)]
-)
-def test_bad_hyper_parameter_is_refused(name, value):
-    with pytest.raises(ValueError, match=rf"^FDPO\.{name} must be"):
-        FDPO(**{name: value})

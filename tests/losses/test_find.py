@@ -7,7 +7,7 @@ import pytest
 
 import dpo.losses
 from dpo.errors import ConfigError
-from dpo.losses import DPO, IPO, KTO, SFT, Objective, find, names
+from dpo.losses import DPO, IPO, KTO, SFT, KWise, Objective, find, names
 
 OWN = '''
 from dataclasses import dataclass
@@ -47,12 +47,14 @@ def own_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 def test_names_are_those_of_the_files():
-    assert set(names()) >= {"dpo", "ipo", "kto", "sft"}
+    assert set(names()) >= {"dpo", "ipo", "kto", "sft", "bradleyterry", "kwise", "plackettluce", "ppo", "rloo", "grpo"}
     assert list(names()) == sorted(names())
-    assert not {"objective", "reduce", "testing", "pairobjective"} & set(names())
+    assert not {"objective", "reduce", "testing", "credit", "pairobjective"} & set(names())
 
 
-@pytest.mark.parametrize(("name", "kind"), [("dpo", DPO), ("ipo", IPO), ("kto", KTO), ("sft", SFT), ("IPO", IPO)])
+@pytest.mark.parametrize(
+    ("name", "kind"), [("dpo", DPO), ("ipo", IPO), ("kto", KTO), ("sft", SFT), ("IPO", IPO), ("KWise", KWise)]
+)
 def test_find_returns_the_class(name: str, kind: type[Objective]):
     assert find(name) is kind
     assert kind.__module__ == f"dpo.losses.{name.lower()}"
@@ -83,7 +85,7 @@ def test_unknown_name_lists_the_known_and_the_nearest():
         find("idpo")
 
 
-@pytest.mark.parametrize("helper", ["objective", "reduce", "testing", "__init__", ""])
+@pytest.mark.parametrize("helper", ["objective", "reduce", "testing", "credit", "__init__", ""])
 def test_a_helper_module_is_no_objective(helper: str):
     with pytest.raises(ConfigError, match="is none of"):
         find(helper)

@@ -1,6 +1,5 @@
 """IPO in hand numbers, in closed form, and against a second implementation in plain floats."""
 
-import math
 import random
 
 import pytest
@@ -34,17 +33,6 @@ def test_hand_numbers_sum():
     assert (out.metrics["length/chosen"].item(), out.metrics["length/rejected"].item()) == (4, 10)
 
 
-def test_hand_numbers_mean():
-    # tau = 0.5: t = 1. h = 2/4 + 1/10 = 0.6, loss = 0.4^2 = 0.16, d / d L_w = -0.8 / 4 = -0.2, d / d L_l = 0.8 / 10.
-    logps = pairs([ROW])
-    out = IPO(tau=0.5)(logps)
-    out.loss.backward()
-    assert out.loss.item() == pytest.approx(0.16, abs=1e-15)
-    assert logps.policy_chosen.grad.item() == pytest.approx(-0.2, abs=1e-15)
-    assert logps.policy_rejected.grad.item() == pytest.approx(0.08, abs=1e-15)
-    torch.testing.assert_close(out.rewards, torch.tensor([[0.5, -0.1]], dtype=torch.float64))
-
-
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("tau", [0.1, 0.5, 1])
 def test_loss_at_the_reference(reduction, tau):
@@ -73,7 +61,7 @@ def test_soft_label_moves_the_target():
     # p (h - t)^2 + (1 - p) (h + t)^2 is least at h = (2p - 1) t: for p = 0.8 and tau = 0.1 at 0.6 * 5 = 3 nats,
     # where it is 0.8 * 4 + 0.2 * 64 = 16.
     logps = pairs([(3.0, 0.0, 0.0, 0.0, 1, 1)], preference=[0.8])
-    out = IPO()(logps)
+    out = IPO(tau=0.1)(logps)
     out.loss.backward()
     assert out.loss.item() == pytest.approx(16, abs=1e-12)
     assert logps.policy_chosen.grad.item() == pytest.approx(0, abs=1e-12)
@@ -102,9 +90,3 @@ def test_values_and_gradients_equal_a_second_implementation(reduction):
     expected = [second_ipo(*row, p, 0.3, reduction) for row, p in zip(rows, preference, strict=True)]
     got = torch.stack([out.losses, logps.policy_chosen.grad, logps.policy_rejected.grad], 1)
     torch.testing.assert_close(got, torch.tensor(expected, dtype=torch.float64), rtol=1e-9, atol=1e-9)
-
-
-@pytest.mark.parametrize("tau", [0, -1.0, math.nan, math.inf, True])
-def test_bad_tau_is_refused(tau):
-    with pytest.raises(ValueError, match=r"^IPO\.tau must be"):
-        IPO(tau=tau)

@@ -1,4 +1,4 @@
-"""NCA in hand numbers and in closed form."""
+"""NCA in closed form."""
 
 import math
 
@@ -33,36 +33,10 @@ def slopes(logps: PairLogps) -> list[float]:
     return [logps.policy_chosen.grad.item(), logps.policy_rejected.grad.item()]
 
 
-def test_hand_numbers():
-    # beta = 0.5: rewards 1 and -0.5. -log sigma(1) = 0.3132616875182228, -log sigma(-1) = 1.3132616875182228,
-    # -log sigma(0.5) = 0.4740769841801067. loss = 0.31326 + 1.31326 / 2 + 0.47408 / 2 = 1.2069310233673876
-    # d / d L_w = 0.5 (-sigma(-1) + sigma(1) / 2) = 0.0482939339725037, d / d L_l = 0.5 sigma(-0.5) / 2
-    #   = 0.0943851671995363: beyond ln 2 the chosen completion is held back.
-    logps = pairs([2.0], [-1.0])
-    out = NCA(beta=0.5)(logps)
-    out.loss.backward()
-    assert out.loss.item() == pytest.approx(1.2069310233673876, abs=1e-12)
-    assert slopes(logps) == pytest.approx([0.0482939339725037, 0.0943851671995363], abs=1e-12)
-    assert out.rewards.tolist() == [[1.0, -0.5]]
-
-
-def test_a_weight_multiplies_its_pair_and_the_mean_is_over_pairs():
-    out = NCA(beta=0.5)(pairs([2.0, 2.0, 0.0], [-1.0, -1.0, 0.0], weight=[3.0, 1.0, 0.0]))
-    assert out.losses.tolist() == pytest.approx([3 * 1.2069310233673876, 1.2069310233673876, 0], abs=1e-12)
-    assert out.loss.item() == pytest.approx(4 * 1.2069310233673876 / 3, abs=1e-12)
-
-
 @pytest.mark.parametrize("beta", [0.01, 0.1, 5])
 def test_loss_is_2_ln_2_where_the_policy_is_the_reference(beta):
     losses = NCA(beta=beta)(pairs([0.0, 0.0], [0.0, 0.0], preference=[1.0, 0.7])).losses
     assert losses.tolist() == pytest.approx([2 * math.log(2)] * 2, abs=1e-15)
-
-
-def test_soft_label_is_the_loss_over_two_responses_with_their_softmax():
-    # The numbers above with p = 0.8, and -log sigma(-0.5) = 0.9740769841801067:
-    # 0.8 * 0.31326 + 0.2 * 0.97408 + (1.31326 + 0.47408) / 2 = 1.3390940826997644
-    out = NCA(beta=0.5)(pairs([2.0], [-1.0], preference=[0.8]))
-    assert out.loss.item() == pytest.approx(1.3390940826997644, abs=1e-12)
 
 
 @pytest.mark.parametrize("p", [0.5, 0.8, 0.99])
@@ -83,9 +57,3 @@ def test_a_certain_label_keeps_the_chosen_likelihood_up_where_dpo_lets_both_fall
         slope[type(objective)] = slopes(logps)[0]
     assert slope[NCA] == pytest.approx(-0.0989960, abs=1e-6)
     assert slope[DPO] == pytest.approx(-0.0119203, abs=1e-6)
-
-
-@pytest.mark.parametrize("beta", [0, -0.1, math.nan, math.inf, True])
-def test_bad_beta_is_refused(beta):
-    with pytest.raises(ValueError, match=r"^NCA\.beta must be"):
-        NCA(beta=beta)

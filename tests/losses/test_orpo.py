@@ -1,4 +1,4 @@
-"""ORPO in hand numbers, in closed form, at probability 1, and against a second implementation."""
+"""ORPO in closed form, at probability 1, and against a second implementation."""
 
 import math
 import random
@@ -18,37 +18,10 @@ def pairs(rows, preference=None, weight=None, dtype=torch.float64) -> PairLogps:
     return PairLogps(pc.requires_grad_(), pr.requires_grad_(), None, None, cl.long(), rl.long(), p, w)
 
 
-ROW = (2 * math.log(1 / 2), 5 * math.log(1 / 4), 2, 5)
-"""Mean token probabilities of 1/2 and 1/4: odds 1 and 1/3, d = ln 3, sigma(d) = 3/4."""
-
-
-def test_hand_numbers():
-    # lambda = 1: loss = ln 2 + ln(4/3) = ln(8/3). d log odds / d a = 1 / (1 - P): 2 and 4/3.
-    # d loss / d a_w = -1 - (1 - 3/4) 2 = -3/2, d loss / d a_l = (1 - 3/4) 4/3 = 1/3; divided by 2 and 5 tokens.
-    logps = pairs([ROW])
-    out = ORPO(odds_ratio_weight=1)(logps)
-    out.loss.backward()
-    assert out.loss.item() == pytest.approx(math.log(8 / 3), abs=1e-14)
-    assert logps.policy_chosen.grad.item() == pytest.approx(-3 / 4, abs=1e-14)
-    assert logps.policy_rejected.grad.item() == pytest.approx(1 / 15, abs=1e-14)
-    torch.testing.assert_close(out.rewards, torch.tensor([[0, -math.log(3)]], dtype=torch.float64))
-
-
 def test_loss_at_equal_means():
     # d = 0: -a + lambda ln 2, a = -2 at both lengths.
     out = ORPO()(pairs([(-6.0, -40.0, 3, 20)]))
     assert out.loss.item() == pytest.approx(2 + 0.1 * math.log(2), abs=1e-14)
-
-
-def test_soft_label_also_exchanges_what_is_imitated():
-    # Reversed, lambda = 1: ln 4 - log sigma(-ln 3) = ln 4 + ln 4.
-    out = ORPO(odds_ratio_weight=1)(pairs([ROW], preference=[0.75]))
-    assert out.loss.item() == pytest.approx(0.75 * math.log(8 / 3) + 0.25 * math.log(16), abs=1e-14)
-
-
-def test_weights_multiply_both_terms():
-    out = ORPO(odds_ratio_weight=1)(pairs([ROW, ROW], weight=[3.0, 0.0]))
-    assert out.loss.item() == pytest.approx(1.5 * math.log(8 / 3), abs=1e-14)
 
 
 @pytest.mark.parametrize("certain", [0.0, -1e-9, 1e-6])
@@ -88,9 +61,3 @@ def test_values_and_gradients_equal_a_second_implementation():
     expected = torch.tensor([second_orpo(*row, 0.7) for row in rows], dtype=torch.float64)
     got = torch.stack([out.losses, logps.policy_chosen.grad, logps.policy_rejected.grad], 1)
     torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12)
-
-
-@pytest.mark.parametrize("value", [0, -1.0, math.nan, math.inf, True])
-def test_bad_weight_is_refused(value):
-    with pytest.raises(ValueError, match=r"^ORPO\.odds_ratio_weight must be"):
-        ORPO(odds_ratio_weight=value)

@@ -1,4 +1,4 @@
-"""R-DPO in hand numbers, and the sign of its length term."""
+"""R-DPO: the sign of its length term."""
 
 import math
 
@@ -19,18 +19,6 @@ def pairs(rows, preference=None, weight=None) -> PairLogps:
 
 ROW = (-10.0, -14.0, -12.0, -13.0, 4, 10)
 """r_w = 2 nats over 4 tokens, r_l = -1 nat over 10 tokens."""
-
-
-def test_hand_numbers():
-    # s_w = 0.5 * 2 + 0.1 * 4 = 1.4, s_l = -0.5 + 0.1 * 10 = 0.5, z = 0.9, loss = ln(1 + e^-0.9) = 0.3411538747320879
-    # d / d L_w = -0.5 sigma(-0.9) = -0.5 * 0.28905049737499605
-    logps = pairs([ROW])
-    out = RDPO(beta=0.5, alpha=0.1)(logps)
-    out.loss.backward()
-    assert out.loss.item() == pytest.approx(0.3411538747320879, abs=1e-15)
-    assert logps.policy_chosen.grad.item() == pytest.approx(-0.5 * 0.28905049737499605, abs=1e-15)
-    assert logps.policy_rejected.grad.item() == pytest.approx(0.5 * 0.28905049737499605, abs=1e-15)
-    assert out.rewards[0].tolist() == pytest.approx([1.4, 0.5], abs=1e-15)
 
 
 def test_at_the_reference_a_shorter_chosen_completion_has_more_to_gain():
@@ -54,12 +42,6 @@ def test_the_optimum_is_that_of_the_reward_minus_the_price_of_tokens(reward_w, r
         assert gap < 0  # equally good: the longer one becomes less likely
 
 
-def test_soft_label_hand_numbers():
-    # z = 0.9 as above: 0.8 ln(1 + e^-0.9) + 0.2 ln(1 + e^0.9) = 0.5211538747320879
-    loss = RDPO(beta=0.5, alpha=0.1)(pairs([ROW], preference=[0.8])).loss.item()
-    assert loss == pytest.approx(0.5211538747320879, abs=1e-15)
-
-
 def test_price_0_and_equal_lengths_are_dpo():
     rows = [ROW, (-10.0, -14.0, -12.0, -13.0, 6, 6)]
     expected = DPO()(pairs(rows)).losses
@@ -67,14 +49,3 @@ def test_price_0_and_equal_lengths_are_dpo():
     ours = RDPO(alpha=0.3)(pairs(rows)).losses
     assert ours[1].item() == pytest.approx(expected[1].item(), abs=1e-15)
     assert ours[0].item() > expected[0].item()
-
-
-def test_weight_multiplies():
-    weighted, plain = RDPO()(pairs([ROW, ROW], weight=[0.0, 3.0])), RDPO()(pairs([ROW]))
-    assert weighted.losses.tolist() == [0, 3 * plain.loss.item()]
-
-
-@pytest.mark.parametrize(("name", "value"), [("beta", 0), ("alpha", -0.01), ("alpha", math.inf)])
-def test_bad_hyper_parameter_is_refused(name, value):
-    with pytest.raises(ValueError, match=rf"^RDPO\.{name} must be"):
-        RDPO(**{name: value})

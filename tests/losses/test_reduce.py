@@ -7,7 +7,7 @@ import mpmath
 import pytest
 import torch
 
-from dpo.losses.reduce import log1mexp, log_ratios, require_field
+from dpo.losses.reduce import log1mexp, log_ratios, logistic_loss, pair_output, require_field
 from dpo.types import PairLogps
 
 EXPONENTS = [-1e-12, -1e-9, -1e-6, -1e-3, -0.1, -0.5, -0.69, -0.7, -1.0, -2.0, -5.0, -20.0, -40.0, -100.0, -700.0]
@@ -75,3 +75,21 @@ def test_an_absent_field_is_named_with_what_asks_for_it():
     message = r"^PairLogps\.chosen_tokens must hold values, got None: score the batch as LDDPO\.needs_tokens asks$"
     with pytest.raises(ValueError, match=message):
         require_field(None, "PairLogps.chosen_tokens", "LDDPO.needs_tokens")
+
+
+def test_the_logistic_loss_is_softplus_expected_over_the_label():
+    # z = 1.5, p = 0.8: ln(1 + e^-1.5) + 0.2 * 1.5; without a preference the label is certain.
+    z, soft = torch.tensor([1.5, -1e4], dtype=torch.float64), torch.tensor([0.8, 1.0], dtype=torch.float64)
+    certain = [0.2014132779827525, 1e4]
+    assert logistic_loss(pairs(), z).tolist() == pytest.approx(certain, abs=1e-15)
+    assert logistic_loss(replace(pairs(), preference=soft), z).tolist() == pytest.approx([certain[0] + 0.3, 1e4])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_no_margin_is_too_small_to_count_in_the_accuracy(dtype):
+    # Right by a hair, wrong by a hair, tied: a threshold at the rounding of log-probs would make them three ties, and
+    # with them the small real margins of the first steps.
+    rewards = torch.tensor([[1e-9, 0.0], [3e-9, 0.0], [0.0, 1e-9], [0.0, 0.0]], dtype=dtype)
+    half = torch.zeros(4, dtype=dtype)
+    logps = PairLogps(half, half, half, half, half + 1, half + 1)
+    assert pair_output(logps, half, rewards).metrics["reward/accuracy"].item() == (1 + 1 + 0 + 0.5) / 4

@@ -1,4 +1,4 @@
-"""RobustDPO in hand numbers, and its law: under reversed labels its mean is the clean loss."""
+"""RobustDPO's law: under reversed labels its mean is the clean loss."""
 
 import math
 
@@ -32,24 +32,6 @@ def pairs(chosen, rejected, **others) -> PairLogps:
 def slopes(logps: PairLogps) -> list[float]:
     """d loss / d L_w and d loss / d L_l of a single pair."""
     return [logps.policy_chosen.grad.item(), logps.policy_rejected.grad.item()]
-
-
-def test_hand_numbers():
-    # beta = 0.5: z = 0.5 (2 + 1) = 1.5, -log sigma(1.5) = 0.2014132779827525, -log sigma(-1.5) = 1.7014132779827525.
-    # loss = (0.9 * 0.2014132779827525 - 0.1 * 1.7014132779827525) / 0.8 = 0.0139132779827524
-    # d loss / d L_w = beta (sigma(z) - 0.9 / 0.8) = 0.5 (0.8175744761936437 - 1.125) = -0.1537127619031782
-    logps = pairs([2.0], [-1.0])
-    out = RobustDPO(beta=0.5)(logps)
-    out.loss.backward()
-    assert out.loss.item() == pytest.approx(0.0139132779827524, abs=1e-12)
-    assert slopes(logps) == pytest.approx([-0.1537127619031782, 0.1537127619031782], abs=1e-12)
-    assert out.rewards.tolist() == [[1.0, -0.5]]
-
-
-def test_a_weight_multiplies_its_pair_and_the_mean_is_over_pairs():
-    out = RobustDPO(beta=0.5)(pairs([2.0, 2.0, 0.0], [-1.0, -1.0, 0.0], weight=[3.0, 1.0, 0.0]))
-    assert out.losses.tolist() == pytest.approx([3 * 0.0139132779827524, 0.0139132779827524, 0], abs=1e-12)
-    assert out.loss.item() == pytest.approx(4 * 0.0139132779827524 / 3, abs=1e-12)
 
 
 @pytest.mark.parametrize("smoothing", [0, 0.1, 0.4])
@@ -90,15 +72,3 @@ def test_a_certain_pair_s_loss_falls_without_bound():
     # For large z: (0.9 * 0 - 0.1 z) / 0.8 = -z / 8; beta = 0.1 and gaps of 1000 and 8000 nats are z = 100 and 800.
     losses = RobustDPO()(pairs([1000.0, 8000.0], [0.0, 0.0])).losses
     assert losses.tolist() == pytest.approx([-12.5, -100], abs=1e-12)
-
-
-@pytest.mark.parametrize("beta", [0, -0.1, math.nan, math.inf, True])
-def test_bad_beta_is_refused(beta):
-    with pytest.raises(ValueError, match=r"^RobustDPO\.beta must be"):
-        RobustDPO(beta=beta)
-
-
-@pytest.mark.parametrize("smoothing", [-0.1, 0.5, 1, math.nan, True])
-def test_bad_label_smoothing_is_refused(smoothing):
-    with pytest.raises(ValueError, match=r"^RobustDPO\.label_smoothing must be"):
-        RobustDPO(label_smoothing=smoothing)

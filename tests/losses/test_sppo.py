@@ -1,6 +1,4 @@
-"""SPPO in hand numbers and in closed form."""
-
-import math
+"""SPPO in closed form."""
 
 import pytest
 import torch
@@ -30,22 +28,6 @@ def pairs(chosen, rejected, **others) -> PairLogps:
 def slopes(logps: PairLogps) -> list[float]:
     """d loss / d L_w and d loss / d L_l of a single pair."""
     return [logps.policy_chosen.grad.item(), logps.policy_rejected.grad.item()]
-
-
-def test_hand_numbers():
-    # beta = 0.1: targets 0.5 / 0.1 = 5 and -5. loss = ((2 - 5)^2 + (-1 + 5)^2) / 2 = 12.5, slopes 2 - 5 and -1 + 5.
-    logps = pairs([2.0], [-1.0])
-    out = SPPO(beta=0.1)(logps)
-    out.loss.backward()
-    assert out.loss.item() == 12.5
-    assert slopes(logps) == [-3, 4]
-    assert out.rewards.tolist() == [[2, -1]]
-
-
-def test_a_weight_multiplies_its_pair_and_the_mean_is_over_pairs():
-    out = SPPO(beta=0.1)(pairs([2.0, 2.0, 0.0], [-1.0, -1.0, 0.0], weight=[3.0, 1.0, 0.0]))
-    assert out.losses.tolist() == pytest.approx([3 * 12.5, 12.5, 0], abs=1e-12)
-    assert out.loss.item() == pytest.approx(4 * 12.5 / 3, abs=1e-12)
 
 
 @pytest.mark.parametrize(("p", "constant"), [(1.0, 250_000.0), (0.7, 40_000.0), (0.5, 0.0)])
@@ -82,9 +64,3 @@ def test_each_completion_is_drawn_to_its_own_target_unlike_a_margin():
     # Both log-ratios 100 nats up: the gap is as before, the loss is not.
     low, high = SPPO(beta=0.1)(pairs([5.0, 105.0], [-5.0, 95.0])).losses.tolist()
     assert (low, high) == (0, 10_000)
-
-
-@pytest.mark.parametrize("beta", [0, -0.1, math.nan, math.inf, True])
-def test_bad_beta_is_refused(beta):
-    with pytest.raises(ValueError, match=r"^SPPO\.beta must be"):
-        SPPO(beta=beta)

@@ -123,9 +123,3 @@ def test_missing_fields_are_named(name):
     without = replace(getattr(logps, name), log_collision=None)
     with pytest.raises(ValueError, match=rf"PairLogps\.{name}\.log_collision must hold .* WPO\.needs_collision asks"):
         WPO()(replace(logps, **{name: without}))
-
-
-@pytest.mark.parametrize("beta", [0, -1.0, math.nan, True])
-def test_bad_beta_is_refused(beta):
-    with pytest.raises(ValueError, match=r"^WPO\.beta must be"):
-        WPO(beta=beta)

@@ -26,8 +26,19 @@ from dpo.settings import PREVIOUS
 
 FOLDER = Path(__file__).parents[2] / "recipes"
 DATA = DataConfig.model_validate({"train": "x"})
-ONE_STAGE = [name for name in losses.names() if name not in ("sft", "mixture")]
-STAGES = {name: [""] for name in (*ONE_STAGE, "mpo")} | {"sft_dpo": ["1-sft", "2-dpo"]}
+WITHIN = ("sft", "mixture", "bradleyterry", "kwise", "plackettluce", "ppo", "rloo", "grpo")
+"""Objectives without a recipe of one stage and their own name."""
+ONE_STAGE = [name for name in losses.names() if name not in WITHIN]
+ON_POLICY = {
+    "reward_ppo": ["1-reward", "2-ppo"],
+    "rloo": ["1-reward", "2-rloo"],
+    "grpo": ["1-reward", "2-grpo"],
+    "online_dpo": ["1-reward", "2-online"],
+    "rejection_sampling": ["1-reward", "2-sft"],
+    "sft_reward_ppo_ptx": ["1-sft", "2-reward", "3-ppo"],
+    "summarise": ["1-sft", "2-reward", "3-ppo"],
+}
+STAGES = {name: [""] for name in (*ONE_STAGE, "mpo", "reward")} | {"sft_dpo": ["1-sft", "2-dpo"]} | ON_POLICY
 
 
 @pytest.fixture

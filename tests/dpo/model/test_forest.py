@@ -41,6 +41,10 @@ class TestPaddedByHand:
         assert self.forest.sequence.tolist() == [0, 0, 1, 2, 2, 2]
         assert self.forest.lengths.tolist() == [2, 1, 3]
 
+    def test_the_last_token_is_the_completions_own(self):
+        # 21 closes row 0 (column 3), 30 stands in row 1 before the padding (4 + 2), 42 closes row 2 (8 + 3).
+        assert self.forest.last.tolist() == [3, 6, 11]
+
 
 class TestPackedByHand:
     """The same two groups in one row of nine columns."""
@@ -67,6 +71,9 @@ class TestPackedByHand:
         assert self.forest.sequence.tolist() == [0, 0, 1, 2, 2, 2]
         assert self.forest.lengths.tolist() == [2, 1, 3]
 
+    def test_the_last_token_is_the_completions_own(self):
+        assert self.forest.last.tolist() == [3, 4, 8]  # 21, 30 and 42
+
     def test_a_device_keeps_the_trees(self):
         moved = self.forest.to(torch.device("meta"))
         assert moved.trees == self.forest.trees
@@ -86,6 +93,16 @@ class TestPackedLaws:
         for part in ("input_ids", "position_ids", "group", "branch"):  # a token is predicted at the same place
             ours, theirs = getattr(packed, part).flatten()[packed.source], getattr(padded, part).flatten()
             assert torch.equal(ours, theirs[padded.source]), part
+            assert torch.equal(getattr(packed, part).flatten()[packed.last], theirs[padded.last]), part
+
+    @settings(max_examples=50, deadline=None)
+    @given(groups=some_groups)
+    def test_the_last_token_ends_its_completion(self, groups):
+        for forest in (Forest.packed(groups), Forest.padded(groups, PAD)):
+            ends = [completion[-1] for group in groups for completion in group.completions]
+            assert forest.input_ids.flatten()[forest.last].tolist() == ends
+            depths = [len(group.prompt) + len(one) - 1 for group in groups for one in group.completions]
+            assert forest.position_ids.flatten()[forest.last].tolist() == depths
 
     @settings(max_examples=50, deadline=None)
     @given(groups=some_groups)
@@ -170,3 +187,5 @@ class TestRefusals:
             replace(Forest.padded(GROUPS, PAD), position_ids=torch.zeros(3, 5, dtype=torch.long))
         with pytest.raises(TypeCheckError):
             replace(Forest.padded(GROUPS, PAD), source=torch.zeros(2, dtype=torch.long))
+        with pytest.raises(TypeCheckError):
+            replace(Forest.padded(GROUPS, PAD), last=torch.zeros(2, 1, dtype=torch.long))

@@ -25,7 +25,8 @@ from dpo.errors import ModelError
 from dpo.model import logprobs as module
 from dpo.model.base import LanguageModel, load_base
 from dpo.model.forest import Forest, Group
-from dpo.model.logprobs import Head, Spread, check_head, completion_logps, token_scores
+from dpo.model.layout import choose_layout
+from dpo.model.logprobs import Head, Spread, check_head, completion_hidden, completion_logps, token_scores
 
 BOTH = Spread(entropy=True, collision=True)
 
@@ -290,6 +291,105 @@ class TestEntropiesAndCollisions:
         logprobs = network(input_ids=forest.input_ids).logits.log_softmax(-1)
         expected = -(logprobs.exp() * logprobs).sum(-1).flatten()[forest.source]
         torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
+
+
+class TestTemperature:
+    """The final logits, after scale, bias and softcap, are divided: values, gradients, entropies and collisions."""
+
+    @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+    @pytest.mark.parametrize("softcap", [None, 2.0])
+    @pytest.mark.parametrize("trained", [False, True])
+    @pytest.mark.parametrize("count", [4, 11])  # tiles
+    def test_of_a_head(self, monkeypatch, count, trained, softcap, temperature):
+        monkeypatch.setattr(module, "TILE", {"cpu": 5 * count})
+        torch.manual_seed(0)
+        hidden = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
+        weight = torch.randn(11, 4, dtype=torch.float64, requires_grad=trained)
+        bias = torch.randn(11, dtype=torch.float64, requires_grad=trained)
+        target = torch.tensor([0, 10, 3, 7, 7])
+        ours = token_scores(hidden, target, Head(weight, bias, 1.5, softcap).tempered(temperature), 3, spread=BOTH)
+        logits = 1.5 * (hidden @ weight.t() + bias)
+        logits = logits if softcap is None else softcap * (logits / softcap).tanh()
+        full = (logits / temperature).log_softmax(-1)
+        expected = full[torch.arange(5), target]
+        torch.testing.assert_close(ours.logprobs, expected, rtol=0, atol=1e-12)
+        torch.testing.assert_close(ours.entropies, -(full.exp() * full).sum(-1).detach(), rtol=0, atol=1e-12)
+        torch.testing.assert_close(ours.collisions, full.exp().square().sum(-1).log().detach(), rtol=0, atol=1e-12)
+        wanted = [hidden, weight, bias] if trained else [hidden]
+        mixed = torch.linspace(-1, 2, 5, dtype=torch.float64)
+        slopes = torch.autograd.grad((mixed * ours.logprobs).sum(), wanted)
+        plain = torch.autograd.grad((mixed * expected).sum(), wanted)
+        for one, other in zip(slopes, plain, strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+
+    @pytest.mark.parametrize("trained", [False, True])
+    @pytest.mark.parametrize("kind", ["llama", "gemma2", "cohere", "granite"])
+    def test_of_a_model(self, kind, trained):
+        network = network_of(kind).eval().requires_grad_(False)
+        network.get_output_embeddings().weight.requires_grad_(trained)
+        forest = Forest.padded(GROUPS, 0)
+        logits = network(input_ids=forest.input_ids).logits.flatten(0, 1)[forest.source]
+        expected = (logits / 0.6).log_softmax(-1).gather(1, forest.target.unsqueeze(1)).squeeze(1)
+        ours = completion_logps(network, forest, temperature=0.6).tokens
+        torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
+        plain = completion_logps(network, forest).tokens
+        assert (plain - expected).abs().max() > 0.1
+        assert torch.equal(completion_logps(network, forest, temperature=1.0).tokens, plain)
+
+    @pytest.mark.parametrize("temperature", [0, -1.0, math.nan])
+    def test_not_a_temperature(self, temperature):
+        with pytest.raises(ValueError, match=f"got temperature {temperature}, expected a number above 0"):
+            Head(torch.randn(3, 2)).tempered(temperature)
+
+
+class TestHidden:
+    """What scalar heads read is that of each sequence alone, values and gradients, in every layout."""
+
+    groups = (
+        Group((5, 6, 7), ((20, 21, 3), (30, 3), (31,), (32, 33, 34, 35, 36))),
+        Group((12,), ((40, 41, 42, 43, 44, 3), (41,), (42, 43), (45, 46, 47))),
+    )
+
+    @pytest.fixture(scope="class")
+    @staticmethod
+    def network(make_network, adapt):
+        network = make_network("Llama")
+        assert choose_layout(network, "packed", "sdpa", pad_id=0) == "packed"
+        adapt(network)
+        return network.double()  # its norms stay in float32
+
+    @pytest.mark.parametrize("k", [1, 2, 4])
+    @pytest.mark.parametrize("layout", ["packed", "padded", "padded wider"])
+    def test_equals_each_sequence_alone(self, network, layout, k):
+        groups = [Group(group.prompt, group.completions[:k]) for group in self.groups]
+        beyond = [Group((9,) * 20, ((8,),))] if layout == "padded wider" else []  # it widens every row
+        forest = Forest.packed(groups) if layout == "packed" else Forest.padded([*groups, *beyond], 96)
+        found = completion_hidden(network, forest)
+        source, last = [], []
+        for group in groups:
+            for completion in group.completions:
+                ids = torch.tensor([[*group.prompt, *completion]])
+                alone = network.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
+                source += alone[len(group.prompt) - 1 : -1]  # before each completion token
+                last.append(alone[-1])
+        at_source, at_last = found.at_source[: len(source)], found.at_last[: len(last)]
+        torch.testing.assert_close(at_source, torch.stack(source), rtol=0, atol=1e-5)
+        torch.testing.assert_close(at_last, torch.stack(last), rtol=0, atol=1e-5)
+
+        parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
+        for ours, expected in ((at_source, source), (at_last, last)):
+            weight = torch.linspace(-1, 2, ours.numel(), dtype=torch.float64).view_as(ours)
+            slopes = torch.autograd.grad((weight * ours).sum(), parameters, retain_graph=True)
+            plain = torch.autograd.grad((weight * torch.stack(expected)).sum(), parameters, retain_graph=True)
+            assert max(slope.abs().max() for slope in plain) > 0.1
+            for one, other in zip(slopes, plain, strict=True):
+                assert (one - other).norm() <= 1e-5 * other.norm()
+
+    def test_the_head_makes_log_probs_of_them(self, network):
+        forest = Forest.packed(self.groups)
+        hidden, _ = completion_hidden(network, forest)
+        expected = token_scores(hidden, forest.target, Head.of(network)).logprobs
+        assert torch.equal(completion_logps(network, forest).tokens, expected)
 
 
 class TestPadding:

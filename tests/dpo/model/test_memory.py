@@ -1,9 +1,10 @@
 """The memory plan: by hand on a tiny Llama, and held against what the real model keeps."""
 
+import inspect
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,19 +18,24 @@ from transformers.quantizers.base import get_keys_to_not_convert
 
 from dpo.errors import ConfigError, ModelError
 from dpo.model import memory
-from dpo.model.base import LanguageModel, LoRA, ModelConfig, load_base
+from dpo.model.base import LanguageModel, LoRA, ModelConfig, ScalarRole, load_base
 from dpo.model.forest import Forest, Group
 from dpo.model.logprobs import Head, token_scores
 from dpo.model.memory import (
     Activations,
     Card,
     MemoryPlan,
+    Roles,
+    Sampled,
+    SamplingSize,
     count_pass,
     head_bytes,
     must_checkpoint,
     needs_checkpointing,
     plan_memory,
 )
+from dpo.model.rollout import sample
+from dpo.model.scalar import LearnedReward
 from dpo.model.tree_attention import SHORT, Branches, _tree_sdpa
 
 GIB = 2**30
@@ -112,7 +118,7 @@ def test_full_weights_have_a_reference_copy(tiny_config: ModelConfig, tiny_model
 @pytest.mark.parametrize("lora", [LoRA(), None], ids=["adapter", "full weights"])
 def test_a_moving_reference_is_held_beside(tiny_config: ModelConfig, lora: LoRA | None) -> None:
     config = tiny_config.model_copy(update={"lora": lora})
-    still, moving = (plan_memory(config, "adamw", CARD, moving=moving) for moving in (False, True))
+    still, moving = (plan_memory(config, "adamw", CARD, Roles(moving=moving)) for moving in (False, True))
     weights = still.parts["gradients"]  # in float32, one for each trained weight
     assert moving.held - still.held == moving.parts["moving reference"] == weights
     assert "moving reference" not in still.parts
@@ -129,8 +135,65 @@ def test_a_starting_adapter_is_held_twice(
         "frozen reference adapter"
         not in plan_memory(config.model_copy(update={"reference": "base"}), "adamw", CARD).parts
     )
-    continued = plan_memory(tiny_config, "adamw", CARD, frozen_adapter=True).parts
+    continued = plan_memory(tiny_config, "adamw", CARD, Roles(frozen_adapter=True)).parts
     assert continued["frozen reference adapter"] == continued["adapter weights"] == 4 * 16 * RANK_1
+
+
+ROLE = 4 * (16 * RANK_1 + 33)  # an adapter of rank 16 and a head of 32 + 1 numbers, in float32
+PPO_ROLES = Roles(rewards=3, value=True)
+
+
+def test_roles_by_hand(tiny_config: ModelConfig) -> None:
+    alone, ppo, reward = (
+        plan_memory(tiny_config, "rmsprop", CARD, roles).parts for roles in (Roles(), PPO_ROLES, Roles(reward=True))
+    )
+    assert ppo == {
+        **alone,
+        "value adapter and head": ROLE,
+        "reward adapters and heads (3)": 3 * ROLE,  # frozen: no gradients, no optimiser state
+        "gradients": alone["gradients"] + ROLE,
+        "optimiser state (rmsprop)": alone["optimiser state (rmsprop)"] + ROLE + 4 * (28 + 2),
+    }
+    assert reward == {
+        "base weights (float32)": alone["base weights (float32)"],
+        "reward adapter and head": ROLE,
+        "gradients": ROLE,
+        "optimiser state (rmsprop)": ROLE + 4 * (28 + 2),  # and no head of the vocabulary
+    }
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("roles", [PPO_ROLES, Roles(reward=True), Roles(rewards=1)], ids=str)
+def test_roles_are_held_as_the_real_model_holds_them(tiny_config: ModelConfig, roles: Roles, dtype: str) -> None:
+    from dpo.train import Optimiser, _build_optimizer
+
+    config = ModelConfig.model_validate({**tiny_config.model_dump(), "dtype": dtype})
+    rewards = [ScalarRole(f"reward-{n}", None, False) for n in range(1, roles.rewards + 1)]
+    trained = [
+        ScalarRole(name, None, True) for name, there in (("value", roles.value), ("reward", roles.reward)) if there
+    ]
+    real = LanguageModel.start(load_base(config), config, 0, scalars=[*trained, *rewards], policy=not roles.reward)
+    held = [parameter for name, parameter in real.network.named_parameters() if "lora_" in name]
+    held += [parameter for head in real.heads.values() for parameter in head.parameters()]
+    for parameter in real.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    built = _build_optimizer(Optimiser(), real.parameters())
+    built.step()
+    state = [one for states in built.state.values() for one in states.values() if isinstance(one, torch.Tensor)]
+    grads = [parameter.grad for parameter in real.parameters() if parameter.grad is not None]
+    parts = plan_memory(config, "adamw", CARD, roles).parts
+    assert sum(size for name, size in parts.items() if "adapter" in name) == nbytes(held)
+    assert parts["gradients"] == nbytes(grads)
+    assert parts["optimiser state (adamw)"] == nbytes(state)
+
+
+def nbytes(tensors: Sequence[torch.Tensor]) -> int:
+    return sum(tensor.numel() * tensor.itemsize for tensor in tensors)
+
+
+def test_a_role_that_says_a_number_needs_an_adapter(tiny_config: ModelConfig) -> None:
+    with pytest.raises(ModelError, match=r"model\.lora=null with the role 'value'"):
+        plan_memory(tiny_config.model_copy(update={"lora": None}), "adamw", CARD, Roles(value=True))
 
 
 def test_an_adapter_that_does_not_fit_is_refused(
@@ -277,6 +340,65 @@ def test_the_line_tells_other_lengths(tiny_config: ModelConfig) -> None:
         )
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_value_role_is_counted_as_a_second_pass_held_at_once(tiny_config: ModelConfig, checkpointing: bool) -> None:
+    """On the real model: both passes forward, then both back, each in its own role."""
+    config = tiny_config.model_copy(update={"gradient_checkpointing": checkpointing, "layout": "padded"})
+    base, tokens = load_base(config), 700
+    memory._start(config, base.network.config, base.dtype)  # makes the attention known to transformers
+    base.network.set_attn_implementation(memory.ATTENTION)
+    real = LanguageModel.start(base, config, 0, scalars=Roles(value=True).scalars())
+    real.training(True)
+    for parameter in real.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    ids, positions = memory._row(real.network, tokens)
+    grads = [parameter.grad for parameter in real.parameters() if parameter.grad is not None]
+    with memory._Live([*real.network.parameters(), *real.network.buffers(), *grads]) as live:
+        passes = {}
+        for role in real.trained:
+            with real.role(role) as network:
+                passes[role] = network.base_model(input_ids=ids, position_ids=positions).last_hidden_state
+        for role, hidden in passes.items():
+            with real.role(role):
+                hidden.backward(torch.zeros_like(hidden))
+    heads = 2 * 2 * 32 * 4  # a copy of the hidden states and its gradient, for either head
+    plans = [plan_memory(config, "adamw", replace(CARD, device="cuda"), Roles(value=value)) for value in (True, False)]
+    both, alone = (plan.checkpointed if checkpointing else plan.plain for plan in plans)
+    assert both.fixed + (both.per_token - heads) * tokens == pytest.approx(live.peak, rel=0.02)
+    assert both.per_token > (1.2 if checkpointing else 1.8) * alone.per_token
+
+
+@pytest.mark.parametrize("size", [SamplingSize(3, 150, 50), SamplingSize(3, 2, 2)], ids=["layers", "logits"])
+def test_sampling_holds_what_is_said(tiny_config: ModelConfig, size: SamplingSize) -> None:
+    """On the real model: a long prompt, where the layers take most, and a short one, where the logits do."""
+    config = tiny_config.model_copy(update={"layout": "padded"})
+    real = LanguageModel.start(load_base(config), config, 0)
+    prompts = [tuple(range(5, 5 + size.prompt - n % 2)) for n in range(size.rows)]  # of two lengths: one is padded
+    own = [*real.network.parameters(), *real.network.buffers()]
+    with memory._Live(own) as live:
+        sample(real, prompts, max_new_tokens=size.new, batch_size=size.rows)
+    said = plan_memory(config, "adamw", CARD, Roles(), size).sampled
+    assert (said.rows, said.size) == (size.rows, size.rows * said.per_row)
+    assert 0.7 * said.size <= live.peak <= 1.1 * said.size
+
+
+def test_keys_and_values_of_a_row_by_hand(tiny_config: ModelConfig) -> None:
+    """Every further token of a completion takes 2 layers x (key + value) x 2 heads x 8 numbers of 4 bytes."""
+    short, long = (
+        plan_memory(tiny_config, "adamw", CARD, Roles(), SamplingSize(1, 100, new)).sampled.size for new in (100, 200)
+    )
+    assert long - short == pytest.approx(100 * 2 * 2 * 2 * 8 * 4, rel=0.02)
+
+
+def test_judging_is_counted_where_a_reward_was_learned(tiny_config: ModelConfig) -> None:
+    size = SamplingSize(1, 100, 50)
+    gold, learned = (plan_memory(tiny_config, "adamw", CARD, Roles(rewards=n), size).sampled for n in (0, 2))
+    assert gold.judging == 0
+    assert gold.per_row == learned.per_row
+    assert learned.size == learned.judging > gold.size  # sixteen rows are judged, one is sampled
+    assert inspect.signature(LearnedReward).parameters["batch_size"].default == memory.JUDGED
+
+
 def test_the_scores_that_a_processor_keeps_are_counted(tiny_config: ModelConfig) -> None:
     """As many as the longest block keeps that is written out: more than a shorter one, and none of a longer one."""
     ours, fused = (plan_memory(tiny_config, "adamw", replace(CARD, device=device)) for device in ("cpu", "cuda"))
@@ -340,6 +462,16 @@ def test_a_family_that_cannot_be_counted_is_said_to_be_guessed(tmp_path: Path) -
     assert "BloomForCausalLM does not take" in planned.notes[0]
     assert planned.plain == Activations(0, 3 * 48 * 64 * 2)
     assert planned.checkpointed == Activations(0, (48 + 3) * 64 * 2)
+    ppo = plan_memory(
+        ModelConfig(name=str(tmp_path), dtype="bfloat16"),
+        "adamw",
+        CARD,
+        Roles(rewards=1, value=True),
+        SamplingSize(4, 20, 10),
+    )
+    assert ppo.plain.per_token == 2 * planned.plain.per_token
+    cache, prompt = 30 * 2 * 3 * 64 * 2, 20 * 48 * 64 * 2  # both as wide as the hidden state
+    assert ppo.sampled == Sampled(4, cache + prompt, 16 * 30 * 48 * 64 * 2)
 
 
 def test_eager_attention_is_said_to_be_uncounted(tiny_config: ModelConfig) -> None:
@@ -365,6 +497,38 @@ def test_the_largest_micro_batch_is_the_inverse_of_the_total(checkpointing: bool
 def test_checkpointing_is_needed_beyond_what_fits_without() -> None:
     assert not needs_checkpointing(PLAN, 1034 + 7 * 20, 20)
     assert needs_checkpointing(PLAN, 1034 + 7 * 20, 21)
+
+
+SAMPLING = replace(PLAN, sampled=Sampled(rows=4, per_row=50, judging=120))
+
+
+def test_sampling_and_updates_take_turns() -> None:
+    assert SAMPLING.sampling() == 1024 + 4 * 50
+    assert SAMPLING.total(10, False) == 1024 + 4 * 50  # more than the 1034 + 7 * 10 of an update
+    assert SAMPLING.total(40, False) == PLAN.total(40, False) == 1034 + 7 * 40
+    assert replace(PLAN, sampled=Sampled(1, 50, 120)).sampling() == 1024 + 120  # judging one takes more than writing it
+    for free in range(1200, 1400):
+        most = SAMPLING.largest_tokens(free, False)
+        assert most == (0 if free < 1224 else PLAN.largest_tokens(free, False))
+
+
+def test_checkpointing_is_no_cure_for_sampling() -> None:
+    assert not needs_checkpointing(SAMPLING, 1034 + 7 * 20, 20)
+    assert needs_checkpointing(SAMPLING, 1034 + 7 * 20, 21)
+
+
+@pytest.mark.parametrize(
+    ("free", "said"),
+    [
+        (1224, "It fits c; gradient checkpointing is not needed"),
+        (1223, "It does not fit c: sampling 4 completions at once. Use rollout.sampling_batch_size=3 at most"),
+        (1144, "Use rollout.sampling_batch_size=2 at most"),
+        (1143, "not even one of the completions"),  # what was written could not be judged
+    ],
+)
+def test_the_verdict_on_sampling(free: int, said: str) -> None:
+    card = Card("c", "cuda", free, 0, torch.bfloat16)
+    assert said in SAMPLING.verdict(card, examples=2, tokens_each=10, unit="completions")
 
 
 @pytest.mark.parametrize(
@@ -405,23 +569,27 @@ def test_this_machine_is_a_card_without_a_context() -> None:
 # --- the decision at load ---
 
 
-@pytest.mark.parametrize("lora", [LoRA(), None], ids=["adapter", "full weights"])
+@pytest.mark.parametrize(
+    ("lora", "roles"),
+    [(LoRA(), Roles()), (None, Roles()), (LoRA(), PPO_ROLES), (LoRA(), Roles(reward=True))],
+    ids=["adapter", "full weights", "ppo", "reward"],
+)
 def test_checkpointing_is_needed_exactly_where_the_plan_exceeds_what_is_free(
-    tiny_config: ModelConfig, monkeypatch: pytest.MonkeyPatch, lora: LoRA | None
+    tiny_config: ModelConfig, monkeypatch: pytest.MonkeyPatch, lora: LoRA | None, roles: Roles
 ) -> None:
     """The base is loaded already, so its weights are not asked for again."""
     base, tokens = load_base(tiny_config), 500
     config = tiny_config.model_copy(update={"lora": lora})
-    plan = plan_memory(config, "adamw", CARD)
+    plan = plan_memory(config, "adamw", CARD, roles)
     need = plan.total(tokens, checkpointing=False) - plan.parts["base weights (float32)"]
 
     def free(size: int) -> None:
         monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: SimpleNamespace(available=size, total=10 * GIB))
 
     free(need)
-    assert not must_checkpoint(base, config, "adamw", tokens)
+    assert not must_checkpoint(base, config, "adamw", tokens, roles)
     free(need - 1)
-    assert must_checkpoint(base, config, "adamw", tokens)
+    assert must_checkpoint(base, config, "adamw", tokens, roles)
 
 
 def test_where_memory_is_plentiful_no_pass_is_counted(
@@ -429,3 +597,13 @@ def test_where_memory_is_plentiful_no_pass_is_counted(
 ) -> None:
     monkeypatch.setattr(memory, "plan_memory", None)
     assert not must_checkpoint(load_base(tiny_config), tiny_config, "adamw", 500)
+
+
+def test_plenty_for_one_role_is_not_plenty_for_two(tiny_config: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, tokens = load_base(tiny_config), 500
+    rule = memory._assumed(base.network.config, torch.float32)[0].per_token * tokens
+    monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: SimpleNamespace(available=3 * rule, total=10 * GIB))
+    monkeypatch.setattr(memory, "plan_memory", None)
+    assert not must_checkpoint(base, tiny_config, "adamw", tokens)
+    with pytest.raises(TypeError, match="'NoneType' object is not callable"):  # it counts
+        must_checkpoint(base, tiny_config, "adamw", tokens, Roles(value=True))

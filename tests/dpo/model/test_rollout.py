@@ -1,9 +1,13 @@
 """Sampling depends on its arguments alone, stops where a completion ends, and leaves training as it was."""
 
+from dataclasses import dataclass
+from typing import final
+
 import pytest
 import torch
 
 from dpo.errors import ModelError
+from dpo.model.generation import Backend
 from dpo.model.rollout import end_tokens, sample
 
 PROMPTS = [(5, 6, 7), (12,), (50, 51, 52, 53, 54, 55), (70, 71)]
@@ -53,6 +57,51 @@ def test_padding_changes_nothing(model):
     assert together == completions(model, temperature=0, batch_size=3)
 
 
+class TestOneByOne:
+    """What a completion depends on: its prompt, which of the prompt's it is, and the seed; not on its company."""
+
+    @pytest.mark.parametrize("batch_size", [1, 3, 64])
+    def test_the_other_prompts_change_nothing(self, model, batch_size):
+        together = completions(model, [*MANY[:3], *PROMPTS[1:]], batch_size=batch_size)
+        assert together[:3] == completions(model, MANY[:3])
+        assert together[3:] == [completions(model, [prompt])[0] for prompt in PROMPTS[1:]]
+
+    def test_the_order_changes_nothing(self, model):
+        assert completions(model, PROMPTS[::-1]) == completions(model)[::-1]
+
+    def test_a_longer_limit_goes_on_from_a_shorter_one(self, model):
+        short, long = completions(model, max_new_tokens=3), completions(model, max_new_tokens=8)
+        assert [one[:3] for one in long] == short
+
+    def test_completions_of_one_prompt_are_each_their_own(self, model):
+        prompts = [prompt for prompt in PROMPTS for _ in range(4)]
+        first = completions(model, prompts, seed=3)
+        assert completions(model, prompts, seed=3) == first
+        assert len(set(first)) == 16
+        assert first[:4] == completions(model, PROMPTS[:1] * 4, seed=3)
+        assert first[0] == completions(model, PROMPTS[:1], seed=3)[0]
+
+    def test_seeds_beside_each_other_share_no_completion(self, model):
+        seeds = [set(completions(model, PROMPTS[:1] * 8, seed=seed)) for seed in range(4)]
+        assert len(set.union(*seeds)) == 32
+
+    def test_the_backend_gets_each_prompt_with_a_seed_of_its_own(self, model):
+        @final
+        @dataclass(frozen=True)
+        class Echo(Backend):
+            def write(self, network, prompts, seeds, sampling):
+                assert (sampling.max_new_tokens, sampling.temperature) == (8, 0.5)
+                return [
+                    [10 + seed % 300, *prompt, *sampling.ends, 4] for prompt, seed in zip(prompts, seeds, strict=True)
+                ]
+
+        found = sample(model, MANY[:3] + PROMPTS, max_new_tokens=8, temperature=0.5, backend=Echo(), batch_size=2)
+        (end,) = end_tokens(model)
+        assert [one.completion[1:] for one in found] == [(*prompt, end) for prompt in MANY[:3] + PROMPTS]
+        assert len({one.completion[0] for one in found}) == 7
+        assert all(one.finished for one in found)
+
+
 def test_temperature_0_takes_the_most_likely_token(model):
     (completion,) = completions(model, [PROMPTS[0]], temperature=0, max_new_tokens=4)
     with model.reading("policy") as network:
@@ -65,6 +114,21 @@ def test_temperature_divides_the_logits(model):
     cold = completions(model, MANY, temperature=0.01)
     assert len(set(cold)) == 1
     assert cold[0] == completions(model, MANY[:1], temperature=0)[0]
+
+
+def test_the_first_token_follows_the_distribution(model):
+    # 4,000 draws against the probabilities at temperature 2: chi-square over the 20 likeliest tokens and the rest has
+    # mean 20 and deviation sqrt(40) = 6.3, so 45 is 4 deviations above.
+    count = 4000
+    with model.reading("policy") as network:
+        probabilities = (network(input_ids=torch.tensor([PROMPTS[0]])).logits[0, -1].double() / 2).softmax(-1)
+    drawn = [one[0] for one in completions(model, PROMPTS[:1] * count, max_new_tokens=1, temperature=2, batch_size=500)]
+    top = probabilities.topk(20).indices
+    seen = torch.bincount(torch.tensor(drawn), minlength=len(probabilities))[top].double()
+    expected = count * probabilities[top]
+    seen, expected = (torch.cat([one, count - one.sum(0, keepdim=True)]) for one in (seen, expected))
+    assert expected.min() > 5
+    assert ((seen - expected).square() / expected).sum() < 45
 
 
 def test_the_role_speaks(model):

@@ -28,7 +28,7 @@ CONSTANTS = {
     "exo": -(LN2 + math.log(0.999) / 2 + math.log(0.001) / 2),
     "fdpo": LN2,
     "hinge": 1.0,
-    "ipo": 25.0,
+    "ipo": 1.0,
     "kto": 0.5,
     "lddpo": LN2,
     "nca": 2 * LN2,
@@ -52,7 +52,9 @@ STARTS = {
 
 
 def test_every_objective_is_accounted_for():
-    assert set(names()) == {*CONSTANTS, *OF_THE_DATA}
+    # Reward models have no reference; what rollouts lose is measured from the policy that sampled them.
+    compared = {name for name in names() if find(name).view in ("pairs", "judgements", "demonstrations")}
+    assert compared == {*CONSTANTS, *OF_THE_DATA}
 
 
 @pytest.fixture
@@ -80,7 +82,7 @@ def test_the_loss_starts_at_its_constant(start, perturb, wide_model_folder, even
         assert objective(record).loss.item() == pytest.approx(constant, abs=slope * tolerance), name
 
     perturb(model)
-    for objective, constant in ((DPO(), LN2), (IPO(), 25.0), (KTO(), 0.5)):
+    for objective, constant in ((DPO(), LN2), (IPO(), 1.0), (KTO(), 0.5)):
         broken = scored(objective)
         assert (objective(broken).losses - constant).abs().max() > 0.01
         assert largest_drift(broken) > 0.02

@@ -11,9 +11,10 @@ from dpo.losses.dpo import DPO
 from dpo.losses.kto import KTO
 from dpo.losses.sft import SFT
 from dpo.model.forest import Group
+from dpo.model.logprobs import Spread
 from dpo.model.reference import ReferenceLogps
 from dpo.model.views import (
-    MovingReference,
+    FreshReference,
     concatenate,
     keys,
     largest_drift,
@@ -150,7 +151,7 @@ def test_what_costs_more_is_computed_for_those_who_ask(model, examples):
 
 def test_a_moving_reference_is_scored_as_it_stands(start, perturb, examples, one_by_one):
     model = start(moving=True)
-    reference = MovingReference(model)
+    reference = FreshReference(model, "moving")
     wanted = side(examples, 0)
     begin = reference.sums(wanted)
     near(begin, ReferenceLogps(model).sums(wanted))
@@ -189,6 +190,21 @@ def test_what_is_asked_for_twice_is_scored_once(model, examples, monkeypatch):
     alone = torch.stack([score(model, [key]).sums[0] for key in keys(ranked)])
     near(found.sums, alone.detach())
     assert found.lengths.tolist() == [len(completion) for _, completion in keys(ranked)]
+
+
+def test_scores_at_a_temperature(model, examples):
+    wanted = keys(examples)
+    found = score(model, wanted, spread=Spread(entropy=True, collision=True), temperature=0.7)
+    for n, (prompt, completion) in enumerate(wanted):
+        logits = model.network(input_ids=torch.tensor([[*prompt, *completion]])).logits[0, len(prompt) - 1 : -1]
+        full = (logits / 0.7).log_softmax(-1).detach()
+        near(found.tokens[n].detach(), full[torch.arange(len(completion)), torch.tensor(completion)])
+        near(found.entropies[n], -(full.exp() * full).sum(-1))
+        near(found.collisions[n], full.exp().square().sum(-1).log())
+    near(found.sums.detach(), torch.stack([one.detach().sum() for one in found.tokens]))
+    plain = score(model, wanted)
+    assert plain.entropies is None
+    assert (plain.sums - found.sums).abs().max() > 0.1
 
 
 def test_demonstrations(model, examples, one_by_one):
