@@ -28,7 +28,8 @@ class GRPO(RolloutObjective):
 
     k3 in the LOSS is not the penalty of PPO and RLOO: on samples of the policy its gradient is that of the forward
     KL(π_ref || π), and the optimum is another one than π_ref exp(score / β) / Z: for a single token
-    π = β π_ref / (λ - score), λ such that it adds up to 1. The mean over the group's own K scores makes β count K / (K - 1) times.
+    π = β π_ref / (λ - score), λ such that it adds up to 1. The mean over the group's own K scores makes β count
+    K / (K - 1) times.
 
     Paper: arXiv:2402.03300, eq. 3.
     Differs: the paper's mean over completions of token means ("sequence") favours short good completions and long bad

@@ -134,10 +134,10 @@ def unpack(tensors: Mapping[str, Tensor], plain: Sequence[Any], device: torch.de
     """Return what `pack` was given, bit for bit."""
     examples = [_example(one["example"]) for one in plain]
     if not plain or "score" not in plain[0]:
-        return list(examples)
+        return [*examples]
     lengths = [len(one.completions[0]) for one in examples]
     parts = {name: tensors[name].to(device).split(lengths) if name in tensors else None for name in TOKEN_FIELDS}
-    return [
+    episodes: list[Item] = [
         Episode(
             example=example,
             score=one["score"],
@@ -148,6 +148,7 @@ def unpack(tensors: Mapping[str, Tensor], plain: Sequence[Any], device: torch.de
         )
         for n, (one, example) in enumerate(zip(plain, examples, strict=True))
     ]
+    return episodes
 
 
 def _plain(example: Example) -> dict[str, Any]:

@@ -247,6 +247,7 @@ class MemoryPlan:
             rows += [
                 ("sampling, in turn with the updates:", ""),
                 ("  each completion written", _shown(self.sampled.per_row)),
+                *([("  learned rewards reading them", _shown(self.sampled.judging))] if self.sampled.judging else []),
                 (f"  this run: {self.sampled.rows} at once", _shown(self.sampling())),
             ]
         tokens = examples * tokens_each

@@ -215,7 +215,7 @@ def examples_in(record: LossInput) -> int:
 def concatenate(records: Sequence[Record], batches: Sequence[Sequence[int]]) -> Record:
     """Join the records of micro-batches, without their gradients, in the order that the indices in `batches` name."""
     if isinstance(records[0], RankingScores):
-        return _concatenated_rankings(records, batches)
+        return _concatenated_rankings(records, batches)  # pyright: ignore  (all are what the first one is)
     order = torch.tensor([n for batch in batches for n in batch]).argsort()
 
     def joined(parts: Sequence[Any]) -> Any:
