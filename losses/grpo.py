@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dpo.losses.credit import clipped_policy_loss, clipped_share, group_centred, group_normalised, k3
-from dpo.losses.objective import Number, RolloutObjective, require_number, require_one_of
+from dpo.losses.objective import Number, RolloutObjective, require_flag, require_number, require_one_of
 from dpo.losses.reduce import require_field, rollout_output, token_mean
 from dpo.types import LossOutput, Rollout
 
@@ -58,6 +58,7 @@ class GRPO(RolloutObjective):
     paper = "arXiv:2402.03300, eq. 3"
 
     def __post_init__(self) -> None:
+        require_flag(self, "scale_by_std")
         require_number(self, "kl_coefficient", at_least=0)
         require_number(self, "clip", above=0, below=1)
         require_one_of(self, "aggregation", get_args(Aggregation))

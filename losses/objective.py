@@ -160,6 +160,16 @@ def require_number(
         raise ValueError(f"{place} must be {text}, got {value!r}")
 
 
+def require_flag(objective: Objective, name: str) -> None:
+    """Refuse a hyper-parameter that is neither True nor False; call it from `__post_init__`.
+
+    Raises:
+        ValueError: "PPO.whiten_rewards must be True or False, got 'yes'".
+    """
+    if not isinstance(value := getattr(objective, name), bool):
+        raise ValueError(f"{type(objective).__name__}.{name} must be True or False, got {value!r}")
+
+
 def require_one_of(objective: Objective, name: str, options: Sequence[str]) -> None:
     """Refuse a hyper-parameter that is none of the options; call it from `__post_init__`.
 

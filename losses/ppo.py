@@ -17,7 +17,7 @@ from dpo.losses.credit import (
     shaped_rewards,
     whitened,
 )
-from dpo.losses.objective import AdaptsKL, Number, RolloutObjective, require_number
+from dpo.losses.objective import AdaptsKL, Number, RolloutObjective, require_flag, require_number
 from dpo.losses.reduce import require_field, rollout_output, token_mean
 from dpo.types import LossOutput, Rollout
 
@@ -83,6 +83,8 @@ class PPO(RolloutObjective, AdaptsKL):
         for name in ("kl_horizon", "value_clip"):
             require_number(self, name, above=0)
         require_number(self, "clip", above=0, below=1)
+        for name in ("whiten_rewards", "whiten_advantages"):
+            require_flag(self, name)
         if self.kl_target is not None:
             require_number(self, "kl_target", above=0)
             if self.kl_coefficient == 0:

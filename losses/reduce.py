@@ -137,13 +137,14 @@ def ranking_output(scores: RankingScores, losses: Float[Tensor, " prompts"]) -> 
     )
     first, second = comparisons(scores)
     right = ((rewards[first] - rewards[second]).sign() + 1) / 2
-    accuracy = _prompt_mean(right, index[first], len(losses), torch.ones_like(right))
     metrics = {
         "reward/chosen": chosen.mean(),
         "reward/rejected": rejected.mean(),
         "reward/margin": (chosen - rejected).mean(),
-        "reward/accuracy": accuracy[~accuracy.isnan()].mean(),  # a prompt without a comparison says nothing
     }
+    if len(right):  # a prompt without a comparison says nothing
+        accuracy = _prompt_mean(right, index[first], len(losses), torch.ones_like(right))
+        metrics["reward/accuracy"] = accuracy[~accuracy.isnan()].mean()
     return _output(losses, scores.weight, rewards, metrics)
 
 
