@@ -25,8 +25,8 @@ class BradleyTerry(RankingObjective):
     Paper: arXiv:2307.09288, eq. 2.
     Differs: the paper's margin is a table of four degrees of preference; here it is proportional to the difference of
     the ratings. A margin that is the same for all pairs adds between 0 and its size to a reward gap, depending on how
-    sure the label is, and so biases the scores. The paper's labels are certain (p = 1); the reversed label asks for no margin, for no rating says by how much the worse one is better. The
-    centring is that of arXiv:2312.09244.
+    sure the label is, and so biases the scores. The paper's labels are certain (p = 1); the reversed label asks for no
+    margin, for no rating says by how much the worse one is better. The centring is that of arXiv:2312.09244.
     """
 
     margin_weight: Number = 0.0
