@@ -223,7 +223,7 @@ class Rollouts(Source):
 
     def restore(self, tensors: Mapping[str, Tensor], plain: Any) -> None:
         """Take up what `state` returned."""
-        self._items = unpack(tensors, plain["items"], self.model.device)
+        self._items = list(unpack(tensors, plain["items"], self.model.device))
         self._current, self._used = plain["rollout"], plain["used"]
         self.kl_coefficient = plain["kl_coefficient"]
 

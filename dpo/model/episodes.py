@@ -130,14 +130,14 @@ def pack(items: Sequence[Item]) -> tuple[dict[str, Tensor], list[Any]]:
     return tensors, plain
 
 
-def unpack(tensors: Mapping[str, Tensor], plain: Sequence[Any], device: torch.device) -> list[Item]:
+def unpack(tensors: Mapping[str, Tensor], plain: Sequence[Any], device: torch.device) -> Sequence[Item]:
     """Return what `pack` was given, bit for bit."""
     examples = [_example(one["example"]) for one in plain]
     if not plain or "score" not in plain[0]:
-        return [*examples]
+        return examples
     lengths = [len(one.completions[0]) for one in examples]
     parts = {name: tensors[name].to(device).split(lengths) if name in tensors else None for name in TOKEN_FIELDS}
-    episodes: list[Item] = [
+    return [
         Episode(
             example=example,
             score=one["score"],
@@ -148,7 +148,6 @@ def unpack(tensors: Mapping[str, Tensor], plain: Sequence[Any], device: torch.de
         )
         for n, (one, example) in enumerate(zip(plain, examples, strict=True))
     ]
-    return episodes
 
 
 def _plain(example: Example) -> dict[str, Any]:
