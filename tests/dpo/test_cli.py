@@ -79,7 +79,7 @@ def test_one_objective_is_shown_with_formula_paper_and_hyper_parameters() -> Non
 
 
 def test_an_unknown_objective_is_refused_with_the_nearest_one() -> None:
-    done = dpo("objectives", "ippo")
+    done = dpo("objectives", "ipoo")
     assert done.exit_code == 2
     assert "Did you mean 'ipo'?" in done.stderr
 
@@ -105,7 +105,7 @@ BAD_ROWS = {
         (["train", "dpo", "data.train=nowhere.jsonl"], ["nowhere.jsonl: no such file"]),
         (["train", "dpo", "data.train=folder"], ["folder: got a folder, expected a file"]),
         (["train", "dpo", "learning_rate=1"], ["'learning_rate'", "'optimiser.learning_rate'"]),
-        (["train", "dpo", "objective=ippo"], ["'ippo'", "'ipo'"]),
+        (["train", "dpo", "objective=ipoo"], ["'ipoo'", "'ipo'"]),
         (["train", "dpo", "objective.beta=-1"], ["DPO.beta must be > 0, got -1"]),
         (["train", "dpo", "data.max_length=8"], ["pairs.jsonl", "over-long prompt", "max_length"]),
         (["train", "dpo", "output.dir=is_a_file"], ["output.dir: is_a_file is a file"]),
@@ -113,7 +113,7 @@ BAD_ROWS = {
         (["train", "dpo", "model.name=./nowhere"], ["model.name='./nowhere'"]),
         (["train", "dpo", "model.adapter=folder"], ["model.adapter='folder'", "adapter_model.safetensors"]),
         (["train", "dpo", "nonsense"], ["'nonsense': expected key=value"]),
-        (["train", "ippo"], ["'ippo' is neither a recipe", "'ipo'"]),
+        (["train", "ipoo"], ["'ipoo' is neither a recipe", "'ipo'"]),
         (["train", "nowhere.yaml"], ["nowhere.yaml: cannot be read"]),
         (["train", "bad.yaml"], ["bad.yaml: not YAML"]),
         (["evaluate", "folder"], ["folder: holds no finished run"]),
@@ -150,7 +150,7 @@ def test_a_folder_that_may_not_be_written_is_refused(trial: list[str], tmp_path:
 
 
 def test_debug_shows_the_traceback(trial: list[str]) -> None:
-    done = dpo("train", "dpo", *trial, "objective=ippo", "--debug")
+    done = dpo("train", "dpo", *trial, "objective=ipoo", "--debug")
     assert type(done.exception).__name__ == "ConfigError"
     assert done.exit_code != 0
 

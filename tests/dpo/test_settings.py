@@ -137,7 +137,7 @@ def test_stages_that_cannot_share_base_and_data_are_refused(arguments: list[str]
         ("model.lora.rank=4", r"unknown key 'model\.lora\.rank'"),
         ("beta=1", r"unknown key 'beta'\. Did you mean 'objective\.beta'\?"),
         ("data.max_lenght=5", r"unknown key 'data\.max_lenght'\. Did you mean 'data\.max_length'\?"),
-        ("objective=ippo", r"objective: 'ippo' is none of aot, .*Did you mean 'ipo'\?"),
+        ("objective=ipoo", r"objective: 'ipoo' is none of aot, .*Did you mean 'ipo'\?"),
         ("objective=nowhere:Class", r"objective: 'nowhere:Class' cannot be imported"),
         ("objective.betta=1", r"objective\.betta: DPO has no such hyper-parameter, it has beta.* Did you mean 'beta'"),
         ("objective.beta=0", r"DPO\.beta must be > 0, got 0"),
