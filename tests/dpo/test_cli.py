@@ -74,7 +74,7 @@ def test_one_objective_is_shown_with_formula_paper_and_hyper_parameters() -> Non
     for part in ("ipo: Regression of the log-ratio gap", "p (h - t)²", "Paper: arXiv:2310.12036, eq. 17.", "Differs: "):
         assert part in shown
     assert "Reads pairs, needs a reference." in shown
-    assert "objective.tau 0.1 Strength of the pull" in shown
+    assert "objective.tau 0.5 Strength of the pull" in shown
     assert "objective.reduction mean Compare" in shown
 
 
