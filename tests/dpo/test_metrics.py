@@ -21,7 +21,11 @@ PROMISED = {
             *("logp/chosen", "logp/rejected", "length/chosen", "length/rejected", "kl/reference_point"),
         )
     ),
-    *("grad_norm", "kl/policy_reference", "eval/loss", "eval/gold_reward", "eval/length", "eval/win_rate"),
+    *(f"policy/{name}" for name in ("loss", "approx_kl", "clip_fraction")),
+    *(f"value/{name}" for name in ("loss", "clip_fraction", "explained_variance")),
+    *(f"rollout/{name}" for name in ("score", "score_std", "gold_reward", "disagreement", "kl_coefficient", "updates")),
+    *(f"rollout/{name}" for name in ("length", "entropy", "finished", "repetition")),
+    *("ptx/loss", "grad_norm", "kl/policy_reference", "eval/loss", "eval/gold_reward", "eval/length", "eval/win_rate"),
 }
 NOT_REPEATABLE = {"time/seconds", "time/step_seconds", "tokens_per_second", "memory/peak"}
 

@@ -112,7 +112,7 @@ def test_a_stage_has_overrides_of_its_own() -> None:
     ("arguments", "message"),
     [
         (["sft=3"], r"sft=3: sft is a stage of this recipe, expected sft\.key=value"),
-        (["model.adapter=else"], r"stage 'dpo' starts from the stage before it.*STAGE\.model\.adapter="),
+        (["model.adapter=else"], r"stage 'dpo' starts from an earlier stage.*STAGE\.model\.adapter="),
         (["sft.model.name=other"], r"model\.name is 'other' in stage 'sft' and 'embedded' in stage 'dpo'"),
         (["dpo.data.seed=1"], r"data\.seed is 0 in stage 'sft' and 1 in stage 'dpo', expected one base and one data"),
         (["sft.model.adapter=previous"], r"model\.adapter='previous' in the first stage"),
@@ -221,7 +221,10 @@ def test_an_absent_file_or_a_folder_is_refused_by_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", recipes.names())
 def test_every_recipe_survives_yaml(name: str, tmp_path: Path) -> None:
     for run in recipes.find(name)(DATA):
-        alone = run.override({"model": {"adapter": None}})  # "previous" means nothing outside its recipe
+        changes: dict[str, Any] = {"model": {"adapter": None}}  # "previous" means nothing outside its recipe
+        if run.rollout is not None:
+            changes["rollout"] = {"value": None, "rewards": ["dpo.data.gold:sentiment"]}
+        alone = run.override(changes)
         (tmp_path / "run.yaml").write_text(alone.to_yaml(), encoding="utf-8")
         assert read_run(tmp_path / "run.yaml", {}) == (alone,)
 

@@ -221,7 +221,9 @@ def test_a_step_is_the_same_however_it_is_divided(lab: Lab, tmp_path: Path, name
     lab.run(tmp_path / "other", EVERY[name], loop=other)
     moved = 0.0
     for key, tensor in weights(tmp_path / "whole").items():
-        torch.testing.assert_close(tensor, weights(tmp_path / "other")[key], rtol=0, atol=2e-6)
+        torch.testing.assert_close(
+            tensor, weights(tmp_path / "other")[key], rtol=0, atol=1e-5
+        )  # a thousandth of a step: Adam divides rounding by small gradients
         moved = max(moved, tensor.abs().max().item())
     assert moved > 1e-3
     for ours, theirs in zip(rows(tmp_path / "whole"), rows(tmp_path / "other"), strict=True):
