@@ -90,6 +90,7 @@ def test_a_reward_model_and_ppo_through_it_have_their_plans(bare_model: str) -> 
     assert "frozen reference adapter" not in done.stdout  # PPO starts from the base, and is held against it
 
 
+@pytest.mark.slow
 def test_demonstrations_beside_completions_are_counted(bare_model: str) -> None:
     arguments = ["data.max_length=512", "ppo.rollout.max_new_tokens=128", "ppo.loop.per_device_max_tokens=2600"]
     done = planned(bare_model, "--gpu=24GB", *arguments, "ppo.objective.ptx_coefficient=27.8", recipe="reward_ppo")
@@ -97,6 +98,7 @@ def test_demonstrations_beside_completions_are_counted(bare_model: str) -> None:
     assert "4 completions, 4,608 tokens" in done.stdout  # 4 x 640 within the limit, and 4 x 512 beside them
 
 
+@pytest.mark.slow
 def test_no_more_is_sampled_at_once_than_a_rollout_has(bare_model: str) -> None:
     few = ["ppo.rollout.prompts_per_rollout=5", "ppo.rollout.completions_per_prompt=2"]
     done = planned(bare_model, "--gpu=24GB", *few, recipe="reward_ppo")
@@ -104,6 +106,7 @@ def test_no_more_is_sampled_at_once_than_a_rollout_has(bare_model: str) -> None:
     assert "this run: 10 at once" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_stage_takes_the_shape_of_the_stage_it_names(bare_model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """SFT of rank 32, a reward model of rank 16, then PPO from the first: of rank 32 as well."""
 

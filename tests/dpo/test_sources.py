@@ -163,7 +163,7 @@ def kill_at(step: int) -> Callable[[LanguageModel, Row], None]:
 
 
 @pytest.mark.parametrize("name", EVERY)
-@pytest.mark.parametrize("step", [3, 5])
+@pytest.mark.parametrize("step", [3, pytest.param(5, marks=pytest.mark.slow)])
 def test_a_resumed_run_is_bit_for_bit_the_unbroken_one(lab: Lab, tmp_path: Path, name: str, step: int) -> None:
     """A rollout is 12 completions (6 pairs, or 6 best ones), a step takes 6: two passes are 4 (2) steps. The checkpoint
     at step 2 lies in the middle of the first rollout (for pairs at its end), that at 4 behind it."""
@@ -213,7 +213,7 @@ def test_every_name_is_defined_and_the_rollout_is_told_once(lab: Lab, tmp_path: 
 
 
 @pytest.mark.parametrize("name", ["ppo", "rloo", "grpo"])
-@pytest.mark.parametrize(("size", "steps"), [(1, 6), (2, 3), (6, 1)])
+@pytest.mark.parametrize(("size", "steps"), [(1, 6), pytest.param(2, 3, marks=pytest.mark.slow), (6, 1)])
 def test_a_step_is_the_same_however_it_is_divided(lab: Lab, tmp_path: Path, name: str, size: int, steps: int) -> None:
     loop = LOOP.model_copy(update={"max_steps": 3})
     lab.run(tmp_path / "whole", EVERY[name], loop=loop)
@@ -275,10 +275,11 @@ def test_the_base_is_in_memory_once(lab: Lab) -> None:
         assert sum(p.numel() for p in model.parameters()) == 2 * adapters["policy"] + 33  # and the head of the value
 
 
-@pytest.mark.parametrize(
-    "objective", [PPO(kl_coefficient=0), RLOO(kl_coefficient=0), GRPO(), DPO()], ids=lambda one: type(one).__name__
-)
-def test_the_reward_rises(lab: Lab, tmp_path: Path, objective: Objective) -> None:
+RISING = {"ppo": PPO(kl_coefficient=0), "rloo": RLOO(kl_coefficient=0), "grpo": GRPO(), "online dpo": DPO()}
+
+
+@pytest.mark.parametrize("name", [pytest.param(one, marks=() if one == "ppo" else pytest.mark.slow) for one in RISING])
+def test_the_reward_rises(lab: Lab, tmp_path: Path, name: str) -> None:
     """It likes half of the vocabulary, told by a sign in the head: a hidden state can lean that way, so far as its norm
     allows: to about 0.7."""
     liked = set((lab.base.network.lm_head.weight[:, 0] > 0).nonzero().flatten().tolist())
@@ -287,6 +288,7 @@ def test_the_reward_rises(lab: Lab, tmp_path: Path, objective: Objective) -> Non
         def __call__(self, answers: Sequence[Answer]) -> list[float]:
             return [sum(token in liked for token in one.key[1]) / len(one.key[1]) for one in answers]
 
+    objective = RISING[name]
     pairs = objective.view == "pairs"
     loop = Loop(per_device_train_batch_size=20 if pairs else 80, gradient_accumulation_steps=1, num_train_epochs=20)
     lab.run(

@@ -368,6 +368,7 @@ def test_a_value_role_is_counted_as_a_second_pass_held_at_once(tiny_config: Mode
     assert both.per_token > (1.2 if checkpointing else 1.8) * alone.per_token
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [SamplingSize(3, 150, 50), SamplingSize(3, 2, 2)], ids=["layers", "logits"])
 def test_sampling_holds_what_is_said(tiny_config: ModelConfig, size: SamplingSize) -> None:
     """On the real model: a long prompt, where the layers take most, and a short one, where the logits do."""
