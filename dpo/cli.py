@@ -187,13 +187,13 @@ def objectives(
 
 @app.command(epilog="Example: dpo quickstart --fast")
 def quickstart(
-    fast: Annotated[bool, typer.Option("--fast", help="About 3 minutes on 2 CPU cores instead of about 6.")] = False,
+    fast: Annotated[bool, typer.Option("--fast", help="About 6 minutes on 2 CPU cores instead of about 14.")] = False,
     output: Annotated[
         Path | None, typer.Option(help="Folder for the runs (default: runs/quickstart, or runs/quickstart-fast).")
     ] = None,
     debug: Debug = False,
 ) -> None:
-    """Train a real 135M model with DPO, IPO and KTO on the same preferences, and compare what each achieved."""
+    """Train a real 135M model with DPO, IPO, KTO and PPO on the same preferences; compare what each achieved."""
     from dpo.quickstart import quickstart as go
     from dpo.run import speaking
 
