@@ -6,6 +6,7 @@ so that it shows before training starts.
 
 import csv
 import gzip
+import hashlib
 import json
 import math
 import re
@@ -32,6 +33,8 @@ class Row:
     values: Mapping[str, Any]
     source: str
     """`file:line`, or `file:row` where the file has no lines (Parquet, hub); both count from 1."""
+    rows: int = 1
+    """Rows of the file that were put together into this one: a format can spread one prompt over several."""
 
 
 def read(path_or_name: str, limit: int | None = None) -> Iterator[Row]:
@@ -58,6 +61,21 @@ def read(path_or_name: str, limit: int | None = None) -> Iterator[Row]:
     yield from rows
 
 
+def content(path_or_name: str) -> str:
+    """Return a hash of all rows that `read` would yield: of a file's bytes, or what the hub's library knows them by.
+
+    Raises:
+        DataError: as `read`, of a file that is absent and of a hub that cannot be reached.
+    """
+    path = Path(path_or_name)
+    if path.is_file():
+        with path.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    if (hub := _hub_name(path_or_name)) is not None:
+        return str(_load_hub(*hub)._fingerprint)
+    raise DataError(_absent(path))
+
+
 def _open(path_or_name: str) -> Iterator[Row]:
     path = Path(path_or_name)
     reader = _READERS.get(_suffix(path))
@@ -68,10 +86,18 @@ def _open(path_or_name: str) -> Iterator[Row]:
                 " first five). Convert the file to JSON Lines."
             )
         return reader(path)
-    hub = _HUB_NAME.fullmatch(path_or_name)
-    if hub and reader is None and not path.parent.is_dir():
-        return _hub(hub["name"], hub["split"] or "train")
+    if (hub := _hub_name(path_or_name)) is not None:
+        return _hub(*hub)
     raise DataError(_absent(path))
+
+
+def _hub_name(path_or_name: str) -> tuple[str, str] | None:
+    """Return name and split of a hub data set, None for what looks like a file."""
+    path = Path(path_or_name)
+    found = _HUB_NAME.fullmatch(path_or_name)
+    if found is None or _suffix(path) in _READERS or path.parent.is_dir():
+        return None
+    return found["name"], found["split"] or "train"
 
 
 def _suffix(path: Path) -> str:
@@ -271,17 +297,20 @@ def _parquet(path: Path) -> Iterator[Row]:
 
 
 def _hub(name: str, split: str) -> Iterator[Row]:
+    for number, values in enumerate(_load_hub(name, split), start=1):
+        yield Row(dict(values), f"{name}:{split}:{number}")
+
+
+def _load_hub(name: str, split: str) -> Any:
     import datasets
 
     try:
-        rows = datasets.load_dataset(name, split=split)
+        return datasets.load_dataset(name, split=split)
     except Exception as error:  # network, hub and loader errors share no base class
         raise DataError(
             f"{name}:{split}: the hub data set cannot be loaded ({type(error).__name__}: {error})."
             " Give the path of a local file instead, or name another split as owner/name:split."
         ) from error
-    for number, values in enumerate(rows, start=1):
-        yield Row(dict(values), f"{name}:{split}:{number}")
 
 
 _READERS: Mapping[str, Callable[[Path], Iterator[Row]]] = {

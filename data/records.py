@@ -105,6 +105,8 @@ class Preference:
     """Multiplies the loss of every example of this record (>= 0)."""
     group: str | None = None
     """Annotator or population."""
+    feedback: tuple[str, ...] = ()
+    """What people said of the completions in words. It is kept for those who can use it; no view holds it."""
     source: str
     """Where the record comes from, as `file:row`."""
 

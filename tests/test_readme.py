@@ -21,6 +21,7 @@ import dpo.losses
 from dpo.cli import app
 from dpo.compare import Wanted
 from dpo.data import FORMATS, BadRow, DataConfig, Row, check, recognise
+from dpo.data.formats import GENERAL, PUBLISHED
 from dpo.errors import ConfigError
 from dpo.evaluate import evaluate_run
 from dpo.losses.testing import check as check_objective
@@ -218,14 +219,19 @@ def test_the_objective_table_is_the_package():
             assert start == "-", name
 
 
-def test_the_format_table_is_the_recogniser():
+def test_the_format_tables_are_the_recogniser():
     rows = {name: (json.loads(row.strip("`")), views) for name, row, views in table("Data formats")}
-    assert list(rows) == [known.name for known in FORMATS]
+    assert list(rows) == [known.name for known in GENERAL]
     for name, (row, views) in rows.items():
         record = recognise([Row(row, "README:1")]).convert(Row(row, "README:1"))
         assert recognise([Row(row, "README:1")]).name == name
         held = [view for view in ("pairs", "judgements", "demonstrations") if getattr(record, view)()]
         assert views.partition(":")[0] == (", ".join(held) or "none")
+    shown = table("Public datasets")
+    assert [(name, rule) for name, _, rule in shown] == [(known.name, known.rule) for known in PUBLISHED]
+    for known, (_, names, _) in zip(PUBLISHED, shown, strict=True):
+        assert (f"data.label={known.label}" in names) == (known.label is not None)
+        assert ("to evaluate on only" in names) == bool(known.evaluation_only)
 
 
 def test_the_first_example_prints_what_it_says(capsys: pytest.CaptureFixture[str]):
@@ -326,7 +332,7 @@ def test_the_guides_objective_can_be_trained_with(objective_of_the_guide: str, f
 
 def test_the_guides_format_is_recognised_once_it_is_in_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     module = import_module("dpo.data.recognise")
-    space = dict(vars(module))
+    space: dict[str, Any] = {}
     exec(blocks(CONTRIBUTING, "python")[2], space)
     duel = space["DUEL"]
     (shown,) = re.findall(r"`(\{.*\"winner\".*\})`", CONTRIBUTING)

@@ -1,8 +1,16 @@
-"""Every format by a small row, and every reason for which a format refuses one."""
+"""Every general format by a small row, every reason for which one refuses a row, and columns of the user's own."""
+
+from types import MappingProxyType
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from dpo.data import FORMATS, BadRow, Drop, Message, Preference, Row, recognise
+from dpo.data.check import BadRow, Drop, inspect
+from dpo.data.formats import FORMATS, GENERAL
+from dpo.data.read import Row
+from dpo.data.recognise import check_columns, recognise, rename
+from dpo.data.records import Message, Preference
 from dpo.errors import DataError
 
 HI = Message("user", "hi")
@@ -103,6 +111,30 @@ class TestFormats:
             ("thumbs", {"prompt": "hi", "completion": "a", "label": "False"}, (HI,), ("a",), (-1.0,)),
             ("thumbs", {"prompt": TURNS, "completion": [assistant("a")], "label": 0}, (HI,), ("a",), (-1.0,)),
             ("rated", {"prompt": "hi", "completions": ["a", "b"], "scores": [1, 2.5]}, (HI,), ("a", "b"), (1.0, 2.5)),
+            ("rated", {"prompt": "hi", "completions": ["a", "b"], "scores": None}, (HI,), ("a", "b"), None),
+            ("rated", {"prompt": "hi", "completions": ["a", "b"]}, (HI,), ("a", "b"), None),
+            (
+                "ranked",
+                {"prompt": "hi", "completions": ["a", "b", "c"], "ranks": [2, 1, 1]},
+                (HI,),
+                ("a", "b", "c"),
+                (0, 1, 1),
+            ),
+            (
+                "voted",
+                {"prompt": "hi", "completions": ["a", "b", "c"], "votes": [1, 0, 4]},
+                (HI,),
+                ("a", "b", "c"),
+                (1, 0, 4),
+            ),
+            ("correction", {"prompt": "hi", "completion": "a", "correction": "b"}, (HI,), ("b", "a"), (1, 0)),
+            (
+                "correction",
+                {"prompt": TURNS, "completion": [*TURNS, assistant("a")], "correction": [assistant("b")]},
+                (HI,),
+                ("b", "a"),
+                (1, 0),
+            ),
             ("demonstration", {"prompt": "hi", "completion": "a"}, (HI,), ("a",), None),
             ("prompts", {"prompt": "hi"}, (HI,), (), None),
         ],
@@ -113,14 +145,25 @@ class TestFormats:
         assert (record.prompt, record.completions, record.scores) == (prompt, completions, scores)
         assert record.source == "f:1"
 
-    def test_every_format_is_tested_above(self):
+    def test_every_general_format_is_tested_above(self):
         marks = [mark for mark in TestFormats.test_the_row_becomes_the_record.pytestmark if mark.name == "parametrize"]
-        assert {case[0] for case in marks[0].args[1]} == {shape.name for shape in FORMATS}
+        assert {case[0] for case in marks[0].args[1]} == {shape.name for shape in GENERAL}
+
+    def test_no_two_formats_share_a_name(self):
+        assert len({shape.name for shape in FORMATS}) == len(FORMATS)
 
     def test_columns_beside_the_format(self):
         pair = {"prompt": "hi", "chosen": "a", "rejected": "b"}
         record = convert({**pair, "agreement": 0.75, "weight": 2, "group": 7})
         assert (record.agreement, record.weight, record.group) == (0.75, 2.0, "7")
+
+    @pytest.mark.parametrize(
+        ("said", "feedback"),
+        [("too long", ("too long",)), (["too long", "kind"], ("too long", "kind")), (" ", ()), (None, ()), ([], ())],
+    )
+    def test_what_people_said_is_kept_in_every_format(self, said, feedback):
+        for values in ({"chosen": "a", "rejected": "b"}, {"completion": "a", "label": True}, {"completions": ["a"]}):
+            assert convert({"prompt": "hi", **values, "feedback": said}).feedback == feedback
 
     def test_a_column_may_be_null_in_the_first_row(self):
         rows = [Row({"prompt": "hi", "completion": "a", "label": label}, "f:1") for label in (None, True)]
@@ -149,6 +192,19 @@ class TestRefusals:
             (Drop.WRONG_VALUE, {"prompt": "hi", "completions": ["a", "b"], "scores": [1, float("nan")]}),
             (Drop.WRONG_VALUE, {"prompt": "hi", "completions": ["a", "b"], "scores": [1, True]}),
             (Drop.WRONG_VALUE, {"prompt": "hi", "completions": "ab", "scores": [1, 2]}),
+            (Drop.WRONG_VALUE, {"prompt": "hi", "completions": ["a", "b"], "scores": [1, None]}),
+            (Drop.WRONG_VALUE, {"prompt": "hi", "completions": ["a", "b"], "ranks": [1]}),
+            (Drop.WRONG_VALUE, {"prompt": "hi", "completions": ["a", "b"], "ranks": [1, -1]}),
+            (Drop.WRONG_VALUE, {"prompt": "hi", "completions": ["a", "b"], "votes": [1, 2, 3]}),
+            (Drop.WRONG_VALUE, {"prompt": "hi", "completions": ["a", "b"], "votes": [1, -2]}),
+            (Drop.WRONG_VALUE, {"prompt": "hi", "completions": ["a", "b"], "votes": [1, 0.5]}),
+            (Drop.WRONG_VALUE, {"prompt": "hi", "completions": ["a", "b"], "votes": [1, 2], "agreement": 0.6}),
+            (Drop.WRONG_VALUE, {"prompt": "hi", "chosen": "a", "rejected": "b", "feedback": 3}),
+            (Drop.WRONG_VALUE, {"prompt": "hi", "chosen": "a", "rejected": "b", "feedback": ["x", 3]}),
+            (Drop.ALONE, {"prompt": "hi", "completions": ["a"], "ranks": [1]}),
+            (Drop.ALONE, {"prompt": "hi", "completions": ["a"], "votes": [3]}),
+            (Drop.IDENTICAL, {"prompt": "hi", "completion": "a", "correction": " a"}),
+            (Drop.EMPTY_COMPLETION, {"prompt": "hi", "completion": "a", "correction": None}),
             (Drop.WRONG_ROLE, {"prompt": [{"role": "narrator", "content": "hi"}], "chosen": "a", "rejected": "b"}),
             (Drop.WRONG_ROLE, {"prompt": "hi", "chosen": [user("a")], "rejected": "b"}),
             (Drop.WRONG_ROLE, {"chosen": [*TURNS, user("a")], "rejected": [*TURNS, assistant("b")]}),
@@ -166,6 +222,15 @@ class TestRefusals:
                 Drop.PROMPTS_DIFFER,
                 {"prompt": TURNS, "chosen": [user("ho"), assistant("a")], "rejected": [assistant("b")]},
             ),
+            (  # the one was asked of something else than the other
+                Drop.PROMPTS_DIFFER,
+                {
+                    "prompt": "hi",
+                    "chosen": [*TURNS, assistant("a")],
+                    "rejected": [{"role": "system", "content": "be rude"}, *TURNS, assistant("b")],
+                },
+            ),
+            (Drop.CONTRADICTION, {"prompt": "hi", "chosen": "a", "rejected": "b", "votes": [1, 2]}),
             (
                 Drop.CONTRADICTION,
                 {"prompt": "hi", "chosen": "a", "rejected": "b", "score_chosen": 1, "score_rejected": 2},
@@ -173,18 +238,120 @@ class TestRefusals:
         ],
     )
     def test_a_bad_row_has_a_named_reason(self, reason, values):
+        correction = values.get("completion") or values.get("correction")
+        row = Row(values, "f:1")
+        head = row if reason is not Drop.EMPTY_COMPLETION else Row({**values, "correction": correction}, "f:1")
         with pytest.raises(BadRow) as raised:
-            convert(values)
+            inspect(recognise([head]).convert(row))
         assert raised.value.reason is reason
 
     def test_unknown_columns_are_listed_with_the_shapes_and_the_nearest_name(self):
         with pytest.raises(DataError) as raised:
             recognise([Row({"choosen": "a", "rejected": "b", "note": "c"}, "f:1")])
         message = str(raised.value)
-        assert message.startswith("f:1: got the columns choosen, note, rejected, expected one of")
-        assert "pair: prompt|question|instruction|input, chosen, rejected" in message
+        assert message.startswith("f:1: got the columns choosen, note, rejected, expected those of a format. Nearest")
+        assert "pair: prompt|question|instruction|input, chosen|chosen_response, rejected|rejected_response" in message
+        assert "HelpSteer3" not in message
         assert "For the column 'choosen': Did you mean 'chosen'?" in message
 
     def test_texts_without_a_prompt_are_no_format(self):
-        with pytest.raises(DataError, match="expected one of"):
+        with pytest.raises(DataError, match="expected those of a format"):
             recognise([Row({"chosen": "a", "rejected": "b"}, "f:1")])
+
+
+class TestVotes:
+    def test_the_winners_share_is_the_agreement(self):
+        assert convert({"prompt": "hi", "chosen": "a", "rejected": "b", "votes": [3, 1]}).agreement == 0.75
+        assert convert({"prompt": "hi", "completions": ["a", "b"], "votes": [1, 4]}).agreement == 0.8
+
+    def test_of_three_completions_no_share_holds_for_each_two(self):
+        assert convert({"prompt": "hi", "completions": ["a", "b", "c"], "votes": [3, 1, 0]}).agreement is None
+
+    @pytest.mark.parametrize("votes", [[2, 2], [0, 0]])
+    @pytest.mark.parametrize("texts", [{"chosen": "a", "rejected": "b"}, {"completions": ["a", "b"]}])
+    def test_as_many_for_either_are_a_tie(self, texts, votes):
+        with pytest.raises(BadRow) as raised:
+            inspect(convert({"prompt": "hi", **texts, "votes": votes}))
+        assert raised.value.reason is Drop.TIE
+
+
+class TestColumns:
+    OWN = Row({"question": "hi", "good": "a", "bad": "b", "prompt": "number 7"}, "f:1", rows=2)
+    NAMES = MappingProxyType({"prompt": "question", "chosen": "good", "rejected": "bad"})
+
+    def test_a_named_column_is_read_and_one_of_that_name_is_hidden(self):
+        row = rename(self.OWN, self.NAMES)
+        assert row == Row({"prompt": "hi", "chosen": "a", "rejected": "b"}, "f:1", rows=2)
+        assert recognise([row]).convert(row).completions == ("a", "b")
+
+    def test_two_columns_can_change_places(self):
+        row = rename(
+            Row({"prompt": "hi", "chosen": "a", "rejected": "b"}, "f:1"), {"chosen": "rejected", "rejected": "chosen"}
+        )
+        assert row.values == {"prompt": "hi", "chosen": "b", "rejected": "a"}
+
+    def test_a_column_that_a_later_row_lacks_stays_absent(self):
+        assert rename(Row({"bad": "b", "chosen": "no preference"}, "f:2"), self.NAMES).values == {"rejected": "b"}
+
+    def test_without_names_the_row_is_the_same(self):
+        assert rename(self.OWN, {}) is self.OWN
+
+    def test_good_names_pass(self):
+        check_columns(
+            [self.OWN], {**self.NAMES, "weight": "prompt", "votes": "good", "score_A": "bad", "feedback": "bad"}
+        )
+
+    @pytest.mark.parametrize(
+        ("columns", "message"),
+        [
+            ({"choosen": "good"}, r"f:1: got data\.columns\.choosen=good, expected a column .*Did you mean 'chosen'\?"),
+            (
+                {"chosen": "god"},
+                r"f:1: got data\.columns\.chosen=god, expected one of the file's columns: bad, good, prompt, question\."
+                r" Did you mean 'good'\?",
+            ),
+        ],
+    )
+    def test_a_wrong_name_is_refused_with_the_nearest(self, columns, message):
+        with pytest.raises(DataError, match=message):
+            check_columns([self.OWN], columns)
+
+
+messages = st.builds(Message, st.sampled_from(["system", "user", "assistant", "tool"]), st.text(max_size=5))
+finite = st.floats(allow_nan=False, allow_infinity=False)
+
+
+@st.composite
+def preferences(draw: st.DrawFn) -> Preference:
+    completions = draw(st.lists(st.text(max_size=5), max_size=4).map(tuple))
+    exactly = st.lists(finite, min_size=len(completions), max_size=len(completions)).map(tuple)
+    return Preference(
+        prompt=draw(st.lists(messages, max_size=3).map(tuple)),
+        completions=completions,
+        scores=draw(st.none() | exactly),
+        agreement=draw(st.none() | st.floats(0.5, 1)),
+        weight=draw(st.floats(0, 1e6)),
+        group=draw(st.none() | st.text(max_size=5)),
+        feedback=draw(st.lists(st.text(max_size=5), max_size=3).map(tuple)),
+        source="f:1",
+    )
+
+
+@settings(max_examples=60, deadline=None)
+@given(preferences())
+def test_the_rated_format_holds_every_record(record):
+    row = Row(
+        {
+            "prompt": [{"role": message.role, "content": message.content} for message in record.prompt],
+            "completions": list(record.completions),
+            "scores": None if record.scores is None else list(record.scores),
+            "agreement": record.agreement,
+            "weight": record.weight,
+            "group": record.group,
+            "feedback": list(record.feedback),
+        },
+        "f:1",
+    )
+    shape = recognise([row])
+    assert shape.name == "rated"
+    assert shape.convert(row) == record
