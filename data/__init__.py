@@ -7,13 +7,20 @@ the rows it kept into token ids. On the way every row is either kept or counted 
 if __name__ != "dpo.data":
     raise ImportError("Import dpo.data, not data: the bare name would make a second copy of every class.")
 
-from dpo.data.check import BadRow, Drop, Report, Summary
-from dpo.data.prepare import Checked, DataConfig, Example, Prepared, View, check, held_out_pairs, prepare
+from dpo.data.check import BadRow, Drop
+from dpo.data.config import DataConfig, Filter, Source
+from dpo.data.examples import Example
+from dpo.data.format import Format
+from dpo.data.formats import FORMATS
+from dpo.data.load import Checked, check
+from dpo.data.prepare import Prepared, held_out_pairs, prepare
 from dpo.data.read import Row, read
-from dpo.data.recognise import FORMATS, Format, recognise
+from dpo.data.recognise import check_columns, recognise, rename
 from dpo.data.records import Demonstration, Judgement, Message, Pair, Preference, Prompt, Ranking
 from dpo.data.render import Overlong, Rendered, Renderer
-from dpo.data.split import split, without_leaks
+from dpo.data.report import Report, Summary
+from dpo.data.split import split
+from dpo.data.views import View
 
 __all__ = [
     "FORMATS",
@@ -23,6 +30,7 @@ __all__ = [
     "Demonstration",
     "Drop",
     "Example",
+    "Filter",
     "Format",
     "Judgement",
     "Message",
@@ -36,13 +44,15 @@ __all__ = [
     "Renderer",
     "Report",
     "Row",
+    "Source",
     "Summary",
     "View",
     "check",
+    "check_columns",
     "held_out_pairs",
     "prepare",
     "read",
     "recognise",
+    "rename",
     "split",
-    "without_leaks",
 ]

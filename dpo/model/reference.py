@@ -22,9 +22,9 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from dpo.cache import cache_folder
 from dpo.errors import ModelError
 from dpo.model.base import LanguageModel
-from dpo.model.embedded import cache_folder
 from dpo.model.forest import Group
 from dpo.model.layout import Layout
 from dpo.model.logprobs import completion_logps

@@ -11,7 +11,8 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from dpo.data import DataConfig, Drop, check
-from dpo.data.check import BadRow, Tally
+from dpo.data.check import BadRow
+from dpo.data.report import Tally
 from dpo.errors import DataError
 
 GOOD = [{"prompt": f"prompt {n}", "chosen": "a good answer", "rejected": "bad"} for n in range(12)]

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpo.data import DataConfig, Drop, Message, check, prepare
-from dpo.data.prepare import Example, _with_mismatched
+from dpo.data.examples import Example
+from dpo.data.mismatch import with_mismatched
 from dpo.errors import DataError
 
 PAIRS = [{"prompt": f"prompt {n}", "chosen": f"good {n}", "rejected": "bad", "agreement": 0.8} for n in range(12)]
@@ -29,7 +30,7 @@ class TestViews:
         path = write_rows([{**PAIRS[0], "weight": 3}, *PAIRS[1:]])
         prepared = prepare(DataConfig(train=path, eval_share=0), chatml, "pairs")
         first = prepared.train[0]
-        assert (len(prepared.train), prepared.eval) == (12, [])
+        assert (len(prepared.train), prepared.eval) == (12, ())
         assert [decode(chatml, ids) for ids in first.completions] == [f"good 0{END}", f"bad{END}"]
         assert decode(chatml, first.prompt) == "<|im_start|>user\nprompt 0<|im_end|>\n<|im_start|>assistant\n"
         assert (first.preference, first.weight, first.source) == (0.8, 3.0, f"{path}:1")
@@ -38,7 +39,7 @@ class TestViews:
     def test_every_pair_of_a_rated_row_shares_its_prompt(self, write_rows, chatml):
         prepared = prepare(DataConfig(train=write_rows(RATED), eval_share=0), chatml, "pairs")
         assert [example.texts for example in prepared.train] == [("a", "b"), ("a", "c")] * 4
-        assert prepared.train[0].prompt is prepared.train[1].prompt
+        assert prepared.train[0].prompt == prepared.train[1].prompt
         assert prepared.report.kept == 4
 
     def test_judgements(self, write_rows, chatml):
@@ -75,7 +76,7 @@ class TestRankings:
         rows = [*RATED, {"prompt": "p", "completions": ["x", "y"], "scores": [-1, 3.5], "agreement": 0.7, "weight": 2}]
         pairs = self.prepared(write_rows, chatml, rows, "pairs").train
         found = self.prepared(write_rows, chatml, rows, "comparisons").train
-        assert [replace(example, scores=()) for example in found] == pairs
+        assert [replace(example, scores=()) for example in found] == list(pairs)
         assert [example.scores for example in found] == [(2, 1), (2, 1)] * 4 + [(3.5, -1)]
         assert (found[-1].texts, found[-1].preference, found[-1].weight) == (("y", "x"), 0.7, 2)
 
@@ -263,7 +264,7 @@ class TestMismatched:
             Example((7, prompt), ((prompt, n),), 1.0, True, 1.0, f"f:{n}", (Message("user", f"P {prompt}"),), (str(n),))
             for n, prompt in enumerate(prompts)
         ]
-        found = _with_mismatched(examples, "train", DataConfig(train="x", seed=seed))
+        found = list(with_mismatched(examples, examples, "train", DataConfig(train="x", seed=seed)))
         assert [e.completions[0] for e in found] == [e.completions[0] for e in examples]
         assert all(len(e.completions) == len(e.texts) == 2 for e in found)
         assert all(e.completions[1][0] != e.completions[0][0] for e in found)

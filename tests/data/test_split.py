@@ -4,7 +4,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from dpo.data import Message, Preference, split, without_leaks
+from dpo.data import Message, Preference, split
 from dpo.data.split import prompt_key
 from dpo.errors import DataError
 
@@ -55,9 +55,3 @@ def test_the_share_is_about_right_and_the_seed_matters():
 def test_one_prompt_cannot_be_split():
     with pytest.raises(DataError, match=r"f:1: .* 1 different prompts, expected at least 2.*eval_share=0"):
         split([record("hi"), record(" HI ")], 0.1, 0)
-
-
-def test_leaks_are_found_through_case_and_white_space():
-    kept, leaked = without_leaks([record("The  sea\n"), record("a hill")], [record("the SEA")])
-    assert keys(kept) == {"user a hill"}
-    assert keys(leaked) == {"user the sea"}

