@@ -11,7 +11,7 @@ from dpo import checkpoint
 from dpo.data import check, held_out_pairs
 from dpo.errors import ConfigError
 from dpo.evaluation.achieved import Achieved
-from dpo.measure import achieved_by, all_measures, reward_report
+from dpo.measure import achieved_by, all_measures, group_report, reward_report
 from dpo.model.base import LanguageModel, ScalarRole, check_adapter, load_base
 from dpo.model.reference import ReferenceLogps
 from dpo.redact import redact
@@ -71,7 +71,7 @@ def evaluate_run(folder: Path, overrides: Mapping[str, Any]) -> Result:
     if trained["data_fingerprint"] != prepared.fingerprint:
         log.warning("%s has changed since the run was trained: its numbers are on other examples", run.data.train)
     measured = all_measures(objective, record, achieved)
-    trained |= reward_report(record)
+    trained |= reward_report(record) | group_report(achieved)
     summary = {**trained, "data_fingerprint": prepared.fingerprint, "measures": measured}
     _write(folder / EVALUATION, summary, achieved)
     return Result(run, folder, summary, achieved)
@@ -112,6 +112,7 @@ def evaluate_model(what: str, overrides: Mapping[str, Any]) -> Result:
         "seconds": 0.0,
         "memory_peak_bytes": peak_memory(model.device),
         "measures": {key: vars(one) for key, one in achieved.estimates().items()},
+        **group_report(achieved),
     }
     with only_process(folder):
         _write(folder, summary, achieved)

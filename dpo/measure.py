@@ -5,11 +5,12 @@ from dataclasses import asdict
 from typing import Any
 
 from dpo.data import Checked, DataConfig, Example, Renderer, check
+from dpo.data.records import Messages
 from dpo.evaluation.achieved import Achieved
 from dpo.evaluation.measures import Estimate, by_agreement, calibration, calibration_error, mean, pair_accuracy
 from dpo.evaluation.pairs import hold_out
 from dpo.evaluation.probes import probe
-from dpo.evaluation.samples import Spoken, speak
+from dpo.evaluation.samples import EvaluationPrompt, Spoken, speak
 from dpo.losses import Objective
 from dpo.losses.reduce import comparisons
 from dpo.model.base import LanguageModel, Role
@@ -56,16 +57,19 @@ def speak_for(run: Run, model: LanguageModel, checked: Checked, role: Role = "po
     )
 
 
-def _evaluation_prompts(run: Run, model: LanguageModel, checked: Checked) -> list[tuple[str, tuple[int, ...]]]:
-    """Return the prompts to sample for: the text of the last turn, and token ids; the same whatever is trained on."""
+def _evaluation_prompts(run: Run, model: LanguageModel, checked: Checked) -> list[EvaluationPrompt]:
+    """Return the prompts to sample for; the same whatever is trained on."""
     records = checked.eval
     if run.evaluation.prompts is not None:
         records = check(DataConfig.model_validate({"train": run.evaluation.prompts, "eval_share": 0})).train
     renderer = Renderer(model.tokenizer, run.data.max_length, run.data.overlong)
-    found = {
-        record.prompt: ids for record in records if len(ids := renderer.prompt(record.prompt)) < run.data.max_length
-    }
-    return [(messages[-1].content, ids) for messages, ids in list(found.items())[: run.evaluation.max_prompts]]
+    found: dict[Messages, EvaluationPrompt] = {}
+    for record in records if run.evaluation.max_prompts else ():
+        if len(ids := renderer.prompt(record.prompt)) < run.data.max_length:
+            found.setdefault(record.prompt, EvaluationPrompt(record.prompt[-1].content, ids, record.group))
+        if len(found) == run.evaluation.max_prompts:
+            break
+    return list(found.values())
 
 
 def reward_report(record: LossInput | None) -> dict[str, Any]:
@@ -131,3 +135,10 @@ def all_measures(objective: Objective, record: LossInput | None, achieved: Achie
     """Return everything that was measured, with intervals, as summary.json holds it."""
     estimates = by_own_reward(record, None if record is None else objective(record)) | achieved.estimates()
     return {name: asdict(estimate) for name, estimate in estimates.items()}
+
+
+def group_report(achieved: Achieved) -> dict[str, Any]:
+    """Return what was measured on the pairs and prompts of each group apart; nothing where the data names none."""
+    groups = achieved.groups()
+    plain = {group: {name: asdict(one) for name, one in own.estimates().items()} for group, own in groups.items()}
+    return {"groups": plain} if plain else {}

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, final
 
@@ -24,7 +25,7 @@ from dpo.errors import CheckpointError, ConfigError, DataError, DPOError, Traini
 from dpo.evaluation.achieved import Achieved
 from dpo.evaluation.probes import check_probes
 from dpo.losses import MovesReference, Objective
-from dpo.measure import achieved_by, all_measures, reward_report, rows_of, speak_for
+from dpo.measure import achieved_by, all_measures, group_report, reward_report, rows_of, speak_for
 from dpo.metrics import CUSTOM
 from dpo.model.base import (
     Base,
@@ -121,8 +122,10 @@ def execute(
     root, folders = _folders(runs, name)
     if checked is None:
         checked = check(runs[0].data)
-        for line in checked.report.lines():
-            log.info("%s", line)
+        for report in (*checked.sources, checked.report) if len(checked.sources) > 1 else (checked.report,):
+            for line in report.lines():
+                log.info("%s", line)
+    _refuse_evaluation_sets(checked)
     for run in runs:
         check_available(run.output.report_to)
         check_probes(run.evaluation.choices, run.evaluation.sycophancy, run.evaluation.text)
@@ -197,6 +200,20 @@ def prepared_for(run: Run, objective: Objective, checked: Checked, tokenizer: An
     return prepare(checked, tokenizer, "prompts")
 
 
+def _refuse_evaluation_sets(checked: Checked) -> None:
+    """Refuse to train on what models are measured by.
+
+    Raises:
+        DataError: names the set.
+    """
+    for report in checked.sources:
+        if report.evaluation_only:
+            raise DataError(
+                f"{report.source}: got {report.format!r} rows to train on, expected another set: "
+                f"{report.evaluation_only}. Give it as data.eval, and train on other data."
+            )
+
+
 def _refuse_soft_labels(objective: Objective, prepared: Prepared) -> None:
     """Refuse labels that the objective could not honour.
 
@@ -205,7 +222,7 @@ def _refuse_soft_labels(objective: Objective, prepared: Prepared) -> None:
     """
     if not objective.needs_certain_labels:
         return
-    for example in (*prepared.train, *prepared.eval):
+    for example in chain(prepared.train, prepared.eval):
         if example.preference != 1:
             raise DataError(
                 f"{example.source}: agreement {example.preference:g}, expected 1: {type(objective).__name__} takes "
@@ -365,11 +382,15 @@ def _on_policy(stage: _Stage, model: LanguageModel) -> OnPolicy | None:
 
 def _normalised(stage: _Stage, model: LanguageModel) -> dict[str, Any]:
     """Give the reward model's scores mean 0 and deviation 1 on samples of the reference; return what they were."""
-    prompts = list(dict.fromkeys(one.prompt for one in stage.prepared.train))[:REFERENCE_SAMPLES]
+    prompts: dict[tuple[int, ...], None] = {}
+    for example in stage.prepared.train:
+        prompts[example.prompt] = None
+        if len(prompts) == REFERENCE_SAMPLES:
+            break
     evaluation = stage.run.evaluation
     samples = sample(
         model,
-        prompts,
+        list(prompts),
         role="reference",
         max_new_tokens=evaluation.max_new_tokens,
         seed=evaluation.seed,
@@ -497,6 +518,7 @@ def _summarise(stage: _Stage, model: LanguageModel, outcome: Outcome, achieved: 
         "data_fingerprint": stage.prepared.fingerprint,
         "measures": all_measures(objective, outcome.evaluated, achieved),
         **reward_report(outcome.evaluated),
+        **group_report(achieved),
     }
 
 
@@ -556,12 +578,16 @@ def show(result: Result) -> None:
     """Print what a run achieved and where it lies."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table("measure", "value", "95 % interval", "n", title=f"{result.run.name} ({result.run.objective.name})")
-    for name, one in result.summary["measures"].items():
-        table.add_row(name, f"{one['value']:.3f}", f"{one['low']:.3f} to {one['high']:.3f}", str(one["n"]))
     console = Console()
-    console.print(table)
+    title = f"{result.run.name} ({result.run.objective.name})"
+    apart = {f"{title}, group {name}": own for name, own in result.summary.get("groups", {}).items()}
+    for heading, measures in {title: result.summary["measures"], **apart}.items():
+        table = Table("measure", "value", "95 % interval", "n", title=Text(heading))
+        for name, one in measures.items():
+            table.add_row(name, f"{one['value']:.3f}", f"{one['low']:.3f} to {one['high']:.3f}", str(one["n"]))
+        console.print(table)
     print(
         f"{result.summary['steps']} steps, {result.summary['seconds']:.0f} s, peak memory "
         f"{result.summary['memory_peak_bytes'] / 2**30:.2f} GiB. Adapter, settings and metrics: {result.folder}"

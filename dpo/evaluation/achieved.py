@@ -31,6 +31,12 @@ class Achieved:
             found |= {} if one is None else one.estimates()
         return found
 
+    def groups(self) -> dict[str, "Achieved"]:
+        """Return what was achieved on the pairs and prompts of each group; empty where the data names none."""
+        spoken = {} if self.spoken is None else self.spoken.groups()
+        held_out = {} if self.held_out is None else self.held_out.groups()
+        return {name: Achieved(spoken.get(name), held_out.get(name)) for name in sorted({*spoken, *held_out})}
+
     def write(self, folder: Path) -> None:
         """Write a file for each of the parts that there are."""
         for one, name in ((self.spoken, SAMPLES_FILE), (self.held_out, PAIRS_FILE), (self.probed, PROBES_FILE)):

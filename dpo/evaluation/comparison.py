@@ -6,7 +6,7 @@ the second source of noise (`dpo.evaluation.statistics`).
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from typing import Any, final
 
@@ -15,7 +15,7 @@ import numpy as np
 from dpo.evaluation.achieved import Achieved
 from dpo.evaluation.diversity import distinct_n, self_bleu
 from dpo.evaluation.judges import Judge, Question, Verdict, position_bias
-from dpo.evaluation.measures import LEVEL
+from dpo.evaluation.measures import LEVEL, Estimate
 from dpo.evaluation.probes import CHOICES, FLIPS, SHIFT, TEXT
 from dpo.evaluation.records import (
     START,
@@ -136,7 +136,32 @@ def compare(asked: Asked, runs: Sequence[Trained], judges: Sequence[Judge] = ())
         wins=wins,
         samples=_side_by_side(asked, of, present),
         settings=shared,
+        groups=_groups(of, present, measures, asked.start),
     )
+
+
+def _groups(
+    of: Mapping[str, Mapping[int, Trained]], present: Sequence[str], measures: Sequence[Measure], start: Achieved
+) -> dict[str, dict[str, dict[str, Estimate]]]:
+    """Return every measure of every entry on the pairs and prompts of each group."""
+    apart = {name: {seed: run.achieved.groups() for seed, run in of[name].items()} for name in present}
+    at_start = start.groups()
+    found: dict[str, dict[str, dict[str, Estimate]]] = {}
+    for group in sorted({one for runs in apart.values() for groups in runs.values() for one in groups}):
+        own = {
+            name: {
+                seed: replace(run, achieved=apart[name][seed].get(group, Achieved())) for seed, run in of[name].items()
+            }
+            for name in present
+        }
+        for measure in measures:
+            values = _values(measure.name, present, own, at_start.get(group, Achieved()))
+            noise = pooled_seed_noise(_trained(values))
+            for name, one in values.items():
+                if np.isfinite(one).any():
+                    estimate = over_seeds(one, None if name == START else noise)
+                    found.setdefault(group, {}).setdefault(name, {})[measure.name] = estimate
+    return found
 
 
 def _values(
@@ -171,6 +196,8 @@ def _of_run(measure: str, achieved: Achieved) -> Mapping[str, float]:
         return {}
     if measure in PER_RUN:
         texts = [one.text for row in spoken.answers for one in row]
+        if len(texts) < 2:  # one answer has nothing to differ from
+            return {}
         return {"run": distinct_n(texts, 2) if measure == DISTINCT else self_bleu(texts)}
     by_prompt = {GOLD: spoken.gold, KL: spoken.kl, LENGTH: spoken.length}[measure]
     return {} if by_prompt is None else dict(zip(_units(spoken), by_prompt, strict=True))

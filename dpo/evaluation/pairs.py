@@ -32,6 +32,8 @@ class Pair:
     """log policy - log reference of the chosen completion, nats."""
     rejected: float
     """Likewise of the rejected one."""
+    group: str | None = None
+    """Annotator or population, as the data has it."""
 
 
 @final
@@ -59,6 +61,11 @@ class HeldOut:
     def estimates(self) -> dict[str, Estimate]:
         """Return means with intervals over prompts, by the ledger's names."""
         return {name: mean([*values.values()]) for name, values in self.by_prompt().items()} if self.pairs else {}
+
+    def groups(self) -> dict[str, "HeldOut"]:
+        """Return the pairs of each group; those without one are in none."""
+        names = dict.fromkeys(one.group for one in self.pairs if one.group is not None)
+        return {name: HeldOut(tuple(one for one in self.pairs if one.group == name)) for name in names}
 
     def write(self, file: Path) -> None:
         """Write one JSON row a pair."""
@@ -90,7 +97,7 @@ def hold_out(model: LanguageModel, reference: Reference, examples: Sequence[Exam
     ratios = [p - r for p, r in zip(policy, base, strict=True)]
     return HeldOut(
         tuple(
-            Pair("\n".join(turn.content for turn in one.prompt_messages), one.source, chosen, rejected)
+            Pair("\n".join(turn.content for turn in one.prompt_messages), one.source, chosen, rejected, one.group)
             for one, chosen, rejected in zip(examples, ratios[::2], ratios[1::2], strict=True)
         )
     )

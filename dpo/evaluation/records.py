@@ -1,7 +1,7 @@
 """What a comparison is made of: typed records, none of which needs a model. They are what the report shows."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, final
 
 from dpo.evaluation.achieved import Achieved
@@ -193,3 +193,8 @@ class Comparison:
     samples: tuple[SideBySide, ...]
     settings: Mapping[str, Any]
     """Settings that all runs share, by dotted key."""
+    groups: Mapping[str, Mapping[str, Mapping[str, Estimate]]] = field(
+        default_factory=dict[str, Mapping[str, Mapping[str, Estimate]]]
+    )
+    """[group][entry, or START][measure]: the same on the pairs and prompts of one annotator or population; empty where
+    the data names none."""

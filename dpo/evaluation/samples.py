@@ -17,6 +17,18 @@ from dpo.rewards import TextReward, judge
 
 @final
 @dataclass(frozen=True)
+class EvaluationPrompt:
+    """An evaluation prompt."""
+
+    text: str
+    """Of its last turn."""
+    ids: tuple[int, ...]
+    group: str | None = None
+    """Annotator or population, as the data has it."""
+
+
+@final
+@dataclass(frozen=True)
 class Answer:
     """One sampled completion, and what was measured on it."""
 
@@ -40,6 +52,8 @@ class Spoken:
     prompts: tuple[str, ...]
     answers: tuple[tuple[Answer, ...], ...]
     """[prompt][sample]."""
+    of_group: tuple[str | None, ...] = ()
+    """Of each prompt's row of the data: annotator or population. () where no row has one."""
 
     @property
     def gold(self) -> tuple[float, ...] | None:
@@ -64,11 +78,21 @@ class Spoken:
             found["eval/gold_reward"] = mean(self.gold)
         return found
 
+    def groups(self) -> dict[str, "Spoken"]:
+        """Return the answers to each group's prompts; those without one are in none."""
+        rows = list(zip(self.of_group or [None] * len(self.prompts), self.prompts, self.answers, strict=True))
+        found = {}
+        for name in dict.fromkeys(group for group, _, _ in rows if group is not None):
+            own = [(prompt, answers) for group, prompt, answers in rows if group == name]
+            found[name] = Spoken(tuple(prompt for prompt, _ in own), tuple(answers for _, answers in own))
+        return found
+
     def write(self, file: Path) -> None:
         """Write one JSON row a prompt."""
+        groups = [{"group": group} for group in self.of_group] or [{} for _ in self.prompts]
         rows = [
-            {"prompt": prompt, "answers": [asdict(one) for one in answers]}
-            for prompt, answers in zip(self.prompts, self.answers, strict=True)
+            {"prompt": prompt, "answers": [asdict(one) for one in answers], **group}
+            for prompt, answers, group in zip(self.prompts, self.answers, groups, strict=True)
         ]
         atomic_write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
@@ -79,22 +103,23 @@ class Spoken:
         Raises:
             CheckpointError: a row is damaged; names `file:line`.
         """
-        prompts, answers = [], []
+        prompts, answers, groups = [], [], []
         for number, line in enumerate(file.read_text(encoding="utf-8").rstrip("\n").split("\n"), start=1):
             try:
                 row = json.loads(line)
                 prompts.append(str(row["prompt"]))
                 answers.append(tuple(Answer(**one) for one in row["answers"]))
+                groups += [row["group"]] if "group" in row else []
             except (ValueError, KeyError, TypeError) as error:
                 raise CheckpointError(
                     f"{file}:{number}: is damaged ({error!r}), expected a prompt with its answers. {REMEDY}"
                 ) from error
-        return cls(tuple(prompts), tuple(answers))
+        return cls(tuple(prompts), tuple(answers), tuple(groups))
 
 
 def speak(
     model: LanguageModel,
-    prompts: Sequence[tuple[str, tuple[int, ...]]],
+    prompts: Sequence[EvaluationPrompt],
     *,
     role: Role,
     gold: TextReward | None,
@@ -102,12 +127,12 @@ def speak(
     max_new_tokens: int,
     seed: int,
 ) -> Spoken:
-    """Sample `per_prompt` completions for every prompt (text and ids) at temperature 1 and measure them.
+    """Sample `per_prompt` completions for every prompt at temperature 1 and measure them.
 
     Raises:
         RewardError: where the gold reward fails or is not finite; names the prompt.
     """
-    ids = [prompt for _, prompt in prompts for _ in range(per_prompt)]
+    ids = [prompt.ids for prompt in prompts for _ in range(per_prompt)]
     said = sample(
         model, ids, role=role, max_new_tokens=max_new_tokens, seed=seed, batch_size=128, progress=f"{role} answers"
     )
@@ -120,12 +145,14 @@ def speak(
             len(one.completion),
             one.finished,
             ratio,
-            None if gold is None else judge(gold, prompts[n // per_prompt][0], one.text, "evaluation.gold"),
+            None if gold is None else judge(gold, prompts[n // per_prompt].text, one.text, "evaluation.gold"),
         )
         for n, (one, ratio) in enumerate(zip(said, ratios, strict=True))
     ]
     rows = [tuple(answers[i : i + per_prompt]) for i in range(0, len(answers), per_prompt)]
-    return Spoken(tuple(text for text, _ in prompts), tuple(rows))
+    grouped = any(prompt.group is not None for prompt in prompts)
+    groups = tuple(prompt.group for prompt in prompts) if grouped else ()
+    return Spoken(tuple(prompt.text for prompt in prompts), tuple(rows), groups)
 
 
 def log_ratios(model: LanguageModel, keys: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> list[float]:

@@ -21,7 +21,7 @@ from dpo.evaluate import evaluate_run
 from dpo.measure import by_own_reward
 from dpo.metrics import read
 from dpo.model.base import ModelConfig, load_base
-from dpo.run import Result, execute, measure_start, only_process, speaking
+from dpo.run import Result, execute, measure_start, only_process, show, speaking
 from dpo.settings import Run, plan, read_overrides, read_run
 
 RunRecipe = Callable[..., list[Result]]
@@ -320,6 +320,39 @@ def test_evaluating_gives_the_numbers_of_the_training_again(run: RunRecipe, capl
     Path("pairs.jsonl").write_text(Path("pairs.jsonl").read_text().replace("bad", "wrong"))
     evaluate_run(result.folder, {})
     assert "pairs.jsonl has changed since the run was trained" in caplog.text
+
+
+def test_groups_are_measured_apart(run: RunRecipe, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [json.loads(line) for line in Path("pairs.jsonl").read_text().splitlines()]
+    grouped = [{**row, "group": ("old", "young", None)[n % 3]} for n, row in enumerate(rows)]
+    Path("pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in grouped))
+    (result,) = run("dpo", "data.eval_share=0.5", "evaluation.max_prompts=20", "data.group_weights=equal")
+    groups = result.summary["groups"]
+    assert list(groups) == ["old", "young"]
+    held_out = [json.loads(line) for line in (result.folder / "pairs.jsonl").read_text().splitlines()]
+    for name, measures in groups.items():
+        own = [one["chosen"] - one["rejected"] for one in held_out if one["group"] == name]
+        assert measures["eval/pair/margin"]["n"] == len(own) >= 2
+        assert measures["eval/pair/margin"]["value"] == pytest.approx(sum(own) / len(own), abs=1e-6)
+        assert measures["eval/length"]["n"] == len(own)
+    assert result.summary["measures"]["eval/pair/margin"]["n"] > sum(one["eval/length"]["n"] for one in groups.values())
+    show(result)
+    assert "group young" in capsys.readouterr().out
+    assert evaluate_run(result.folder, {}).summary["groups"] == groups
+
+
+def test_an_evaluation_set_is_not_trained_on(run: RunRecipe) -> None:
+    rows = [json.loads(line) for line in Path("pairs.jsonl").read_text().splitlines()]
+    bench = [
+        {**row, "chosen_model": "a", "rejected_model": "b", "subset": "chat", "id": n} for n, row in enumerate(rows)
+    ]
+    Path("bench.jsonl").write_text("".join(json.dumps(row) + "\n" for row in bench))
+    with pytest.raises(DataError, match=r"^bench\.jsonl: .*Give it as data\.eval, and train on other data"):
+        run("dpo", "data.train=bench.jsonl", "model.name=absent/model")
+    others = [{"prompt": f"other {n}", "chosen": "good", "rejected": "bad"} for n in range(20)]
+    Path("other.jsonl").write_text("".join(json.dumps(row) + "\n" for row in others))
+    (result,) = run("dpo", "data.eval=bench.jsonl", "data.train=other.jsonl")
+    assert result.summary["measures"]["eval/pair/accuracy"]["n"] > 10
 
 
 def test_evaluating_uses_the_trained_adapter(run: RunRecipe) -> None:

@@ -1,6 +1,7 @@
 """What a comparison says of runs whose truth is known, because they are simulated."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -227,3 +228,25 @@ def test_pairs_of_one_prompt_are_one_unit() -> None:
     assert by_prompt["eval/pair/accuracy"] == {"same": 0.5, "other": 1.0}
     assert by_prompt["eval/pair/margin"] == {"same": 0.0, "other": 1.0}
     assert HeldOut(tuple(pairs)).estimates()["eval/pair/accuracy"].n == 2
+
+
+def test_each_group_is_measured_on_its_own_prompts_and_pairs() -> None:
+    def one(entry: str, young: float, old: float) -> Trained:
+        golds = [young, young + 0.2, old, old + 0.2]
+        said = replace(spoken(golds), of_group=("young", "young", "old", None))
+        pairs = HeldOut((Pair("p", "f:1", 1.0, 0.0, "old"), Pair("q", "f:2", 0.0, 1.0, "young")))
+        return trained(entry, 0, golds, achieved=Achieved(said, pairs))
+
+    start = Achieved(replace(spoken([0, 0, 0, 0], kl=0.0), of_group=("young", "young", "old", None)))
+    whole = replace(asked("a", "b"), start=start)
+    found = compare(whole, [one("a", 0.5, -0.5), one("b", 0.1, 0.3)]).groups
+    assert list(found) == ["old", "young"]
+    assert {name: own[GOLD].value for name, own in found["young"].items()} == pytest.approx(
+        {START: 0.0, "a": 0.6, "b": 0.2}
+    )
+    assert {name: own[GOLD].value for name, own in found["old"].items()} == pytest.approx(
+        {START: 0, "a": -0.5, "b": 0.3}
+    )
+    assert found["old"]["a"]["eval/pair/accuracy"].value == 1.0
+    assert found["young"]["a"]["eval/pair/accuracy"].value == 0.0
+    assert compare(asked("a"), [trained("a", 0, [0.0, 1.0])]).groups == {}

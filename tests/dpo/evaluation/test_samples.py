@@ -1,14 +1,20 @@
 """What is measured on samples is what the words say; a broken gold reward is named."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from dpo.errors import CheckpointError, RewardError
-from dpo.evaluation.samples import Spoken, log_ratios, speak
+from dpo.evaluation.samples import EvaluationPrompt, Spoken, log_ratios, speak
 from dpo.model import reference
 from dpo.model.rollout import sample
 
-PROMPTS = [("one", (5, 6, 7)), ("two", (12,)), ("three", (50, 51, 52, 53))]
+PROMPTS = [
+    EvaluationPrompt("one", (5, 6, 7)),
+    EvaluationPrompt("two", (12,)),
+    EvaluationPrompt("three", (50, 51, 52, 53)),
+]
 
 
 def length_of_text(prompt: str, completion: str) -> float:
@@ -35,8 +41,8 @@ class TestSpeak:
     def test_each_prompt_has_its_own_samples_and_means(self, model):
         said = spoken(model)
         assert said.prompts == ("one", "two", "three")
-        samples = sample(model, [ids for _, ids in PROMPTS for _ in range(3)], max_new_tokens=6, seed=0)
-        for i, (text, _) in enumerate(PROMPTS):
+        samples = sample(model, [one.ids for one in PROMPTS for _ in range(3)], max_new_tokens=6, seed=0)
+        for i, text in enumerate(one.text for one in PROMPTS):
             row, answers = samples[3 * i : 3 * i + 3], said.answers[i]
             assert len({one.completion for one in row}) > 1
             assert [one.text for one in answers] == [one.text for one in row]
@@ -71,6 +77,16 @@ class TestSpeak:
             said.write(tmp_path / "samples.jsonl")
             assert Spoken.read(tmp_path / "samples.jsonl") == said
 
+    def test_groups_have_their_own_prompts_and_survive_the_disk(self, model, tmp_path):
+        asked = [replace(PROMPTS[0], group="a"), PROMPTS[1], replace(PROMPTS[2], group="b")]
+        said = speak(model, asked, role="policy", gold=None, per_prompt=2, max_new_tokens=4, seed=0)
+        said.write(tmp_path / "samples.jsonl")
+        again = Spoken.read(tmp_path / "samples.jsonl")
+        assert again == said
+        assert {name: one.prompts for name, one in again.groups().items()} == {"a": ("one",), "b": ("three",)}
+        assert again.groups()["b"].answers == said.answers[2:]
+        assert spoken(model).groups() == {}
+
     def test_a_damaged_row_is_named(self, model, tmp_path):
         file = tmp_path / "samples.jsonl"
         spoken(model).write(file)
@@ -84,7 +100,7 @@ class TestKL:
         assert spoken(start()).kl == (0.0,) * 3
 
     def test_the_ratio_is_that_of_full_logits(self, model, naive, monkeypatch):
-        samples = sample(model, [ids for _, ids in PROMPTS], max_new_tokens=6)
+        samples = sample(model, [one.ids for one in PROMPTS], max_new_tokens=6)
         expected = []
         for one in samples:
             sums = {}
@@ -97,7 +113,7 @@ class TestKL:
             assert log_ratios(model, keys(samples)) == pytest.approx(expected, abs=1e-5)
 
     def test_the_mode_is_as_before(self, model):
-        samples = sample(model, [PROMPTS[0][1]], max_new_tokens=6)
+        samples = sample(model, [PROMPTS[0].ids], max_new_tokens=6)
         for mode in (True, False):
             model.training(mode)
             log_ratios(model, keys(samples))
@@ -105,7 +121,7 @@ class TestKL:
 
     def test_the_estimate_is_near_the_exact_divergence(self, model):
         """Two tokens over a vocabulary of 313: KL = KL(first) + E[KL(second | first)], an end token adding none."""
-        prompt = PROMPTS[0][1]
+        prompt = PROMPTS[0].ids
         vocabulary = len(model.tokenizer)
         paths = torch.tensor([[*prompt, token] for token in range(vocabulary)])
         logp = {}
