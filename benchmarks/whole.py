@@ -113,11 +113,14 @@ def _judged(row: dict[str, Any], key: str) -> dict[str, Any]:
     return {"prompt": row["prompt"], "completion": row[key], "label": key == "chosen"}
 
 
-def _write_pairs(data: str, folder: Path) -> tuple[Path, Path]:
-    """Write the same pairs for both sides, in the conversational form that TRL documents."""
+def _write_pairs(data: str, folder: Path, steps: int) -> tuple[Path, Path]:
+    """Write the same pairs for both sides, in the conversational form that TRL documents: one epoch of `steps` steps.
+
+    More pairs than are trained on would cost TRL reference log-probs that nobody reads.
+    """
     checked = check(DataConfig.model_validate({"train": data, "eval_share": 0.1, "limit": ROWS}))
     files = []
-    for name, records in (("train", checked.train), ("held_out", checked.eval)):
+    for name, records in (("train", checked.train[: steps * PAIRS_A_STEP]), ("held_out", checked.eval)):
         rows = [
             {
                 "prompt": [{"role": turn.role, "content": turn.content} for turn in pair.prompt],
@@ -151,7 +154,7 @@ def main() -> None:
         return
     seconds: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as place:
-        train, held_out = _write_pairs(given.data or str(DATA), Path(place))
+        train, held_out = _write_pairs(given.data or str(DATA), Path(place), given.steps)
         for objective in PEER:
             began = time.monotonic()
             steps = ["--steps", str(given.steps)]

@@ -121,11 +121,6 @@ class Roles:
     reward: bool = False
     """A reward role is trained in the policy's place: a run of a reward model."""
 
-    @property
-    def trained(self) -> int:
-        """Roles whose passes an update holds at once."""
-        return 2 if self.value else 1
-
     def scalars(self) -> list[ScalarRole]:
         """Return the roles that say a number as `LanguageModel.start` takes them, each of them fresh."""
         frozen = [ScalarRole(f"reward-{n}", None, False) for n in range(1, self.rewards + 1)]
@@ -315,7 +310,7 @@ def must_checkpoint(base: Base, config: ModelConfig, optimiser: str, tokens: int
     if cuda:  # what the allocator keeps for itself is free to this process
         free += torch.cuda.memory_reserved(base.device) - torch.cuda.memory_allocated(base.device)
     assumed, _ = _assumed(base.network.config.get_text_config(), torch.float32)
-    if config.lora is not None and roles.trained * assumed.per_token * tokens < free / 2:
+    if config.lora is not None and assumed.per_token * tokens < free / 2:
         return False
     plan = plan_memory(config, optimiser, Card.here(base.device), roles)
     loaded = sum(size for name, size in plan.parts.items() if name.startswith(BASE_WEIGHTS))
@@ -373,16 +368,14 @@ def plan_memory(
         again, _, _ = _start(checkpointed_config, settings, dtype, roles)
         checkpointed = _activations(again, dtype, text.hidden_size)
         if card.device == "cpu":  # its attention keeps the scores of short blocks, see tree_attention
-            scores = (
-                text.num_attention_heads * math.isqrt(SHORT) * dtype.itemsize
-            )  # of a token in the longest such block
-            kept = roles.trained * text.num_hidden_layers
-            plain = replace(plain, per_token=plain.per_token + kept * scores)
+            # Of a token in the longest such block.
+            scores = text.num_attention_heads * math.isqrt(SHORT) * dtype.itemsize
+            plain = replace(plain, per_token=plain.per_token + text.num_hidden_layers * scores)
             checkpointed = replace(checkpointed, per_token=checkpointed.per_token + scores)
         sampled = NONE_SAMPLED if sampling is None else _sampled(model, sampling, roles, text.vocab_size)
     except Exception as error:  # whatever a family does that tensors without content cannot
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        plain, checkpointed = (replace(one, per_token=roles.trained * one.per_token) for one in _assumed(text, dtype))
+        plain, checkpointed = _assumed(text, dtype)
         sampled = NONE_SAMPLED if sampling is None else _assumed_sampled(text, dtype, sampling, roles)
         notes.append(
             f"Activations by a rule of thumb, {FALLBACK_VECTORS} vectors of the hidden size for each layer and token: "
@@ -667,7 +660,7 @@ def _sampled(model: LanguageModel, sampling: SamplingSize, roles: Roles, vocabul
 def _activations(model: LanguageModel, dtype: torch.dtype, hidden: int) -> Activations:
     """Fit a line through two passes.
 
-    A value role beside the policy is at its highest where the pass of one waits and the other's is at its own.
+    A value role beside the policy takes its turn: an update holds the pass of one role at a time.
 
     Raises:
         NotImplementedError: the model's attention is its own, or it has a state: a pass would not grow in a line.
@@ -677,13 +670,12 @@ def _activations(model: LanguageModel, dtype: torch.dtype, hidden: int) -> Activ
         raise NotImplementedError(f"{type(network).__name__} does not take transformers' exchangeable attention")
     _cast_adapters(model)
     short, long = TOKENS
-    waiting = len(model.trained) - 1
-    first, second = (one.peak + waiting * one.kept for one in (count_pass(model, tokens) for tokens in TOKENS))
+    first, second = (count_pass(model, tokens).peak for tokens in TOKENS)
     per_token = math.ceil((second - first) / (long - short))
     fixed = max(0, second - per_token * long)
     # A head takes a copy of the hidden states and keeps their gradient; one that says a number does so in float32.
     widths = [torch.float32.itemsize if role in model.heads else dtype.itemsize for role in model.trained]
-    return Activations(fixed, per_token + 2 * hidden * sum(widths))
+    return Activations(fixed, per_token + 2 * hidden * max(widths))
 
 
 def _cast_adapters(model: LanguageModel) -> None:
