@@ -92,7 +92,7 @@ class Drop(Enum):
     )
     DUPLICATE = (
         "duplicate",
-        "the same prompt, completions, scores and group as an earlier row",
+        "the same prompt, completions, scores, agreement and group as an earlier row",
         "Nothing to mend: the first copy is kept.",
         True,
     )

@@ -175,7 +175,8 @@ def _want(record: Preference, wanted: Filter) -> None:
 
 def _identity(record: Preference) -> bytes:
     turns = [(message.role, message.content) for message in record.prompt]
-    return sha256(json.dumps([turns, record.completions, record.scores, record.group]).encode()).digest()[:16]
+    told = [turns, record.completions, record.scores, record.agreement, record.group]
+    return sha256(json.dumps(told).encode()).digest()[:16]
 
 
 # --- records in a file ----------------------------------------------------------------------------------------------

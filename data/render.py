@@ -2,6 +2,9 @@
 
 A completion is tokenised together with its prompt, because tokens may depend on what stands before them; the prompt's
 ids are nevertheless always those of the prompt alone, which are the ids that sampling starts from.
+
+Some templates write a finished conversation otherwise than the start of the same one: they move the system text, or
+leave an answer's thoughts out. The completion is then what the model has to write behind the prompt of generation.
 """
 
 import re
@@ -34,6 +37,21 @@ class Rendered:
     truncated: bool
     spells_special: bool
     """True where a text spells a special token; it was tokenised as ordinary text."""
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class _Frame:
+    """What the template writes around an answer."""
+
+    closing: str
+    """Between the last turn's text and the place where sampling starts."""
+    opening: str | None
+    """From there to the answer's text; None where an answer does not follow the prompt of generation."""
+    tail: str
+    """Behind the answer."""
+    end: str
+    """The tail up to the first end token, "" where it has none."""
 
 
 @final
@@ -72,12 +90,12 @@ class Renderer:
         self._escape = re.compile("|".join(map(re.escape, self._marked)))
         self._eos = _id(tokenizer.eos_token_id)
         self._bos = () if tokenizer.chat_template else _own_bos(tokenizer)
-        self._tail, self._end = self._probe()
+        self._frame = self._probe()
 
     @property
     def end_tokens(self) -> frozenset[int]:
         """Ids at which sampling stops: the one that ends a rendered completion, and the tokenizer's EOS."""
-        ends = self._encode(self._end)[-1:] if self._end else ()
+        ends = self._encode(self._frame.end)[-1:] if self._frame.end else ()
         return frozenset(ends if self._eos is None else (*ends, self._eos))
 
     def prompt(self, messages: Messages) -> tuple[int, ...]:
@@ -98,7 +116,7 @@ class Renderer:
 
         Raises:
             BadRow: they do not fit, hold no token, or the template refuses them.
-            DataError: the template does not keep the prompt in front of the completion.
+            DataError: the template does not show where the prompt ends and the completion begins.
         """
         text = self._text(messages)
         prompt = self._bos + self._encode(text)
@@ -137,29 +155,54 @@ class Renderer:
         self, messages: Messages, prompt_text: str, prompt: tuple[int, ...], completion: str, source: str
     ) -> tuple[int, ...]:
         """Return the completion's ids, its end token last."""
-        full = self._text(messages, completion)
-        if not full.startswith(prompt_text) or not full.endswith(self._tail):
-            raise DataError(self._unstable(prompt_text, full, source))
-        kept = full[: len(full) - len(self._tail)] + self._end
-        ids = self._bos + self._encode(kept)
+        text = self._behind(messages, prompt_text, completion, source) + self._frame.end
+        ids = self._bos + self._encode(prompt_text + text)
         # Where a token reaches across the boundary, the prompt's ids win: they are the ones that sampling sees.
-        follows = ids[: len(prompt)] == prompt
-        answer = ids[len(prompt) :] if follows else self._encode(kept[len(prompt_text) :])
-        if not self._end and self._eos is not None:
+        answer = ids[len(prompt) :] if ids[: len(prompt)] == prompt else self._encode(text)
+        if not self._frame.end and self._eos is not None:
             answer = (*answer, self._eos)
         if len(answer) < 2:
             raise BadRow(Drop.EMPTY_COMPLETION, "the tokenizer makes no token of it")
         return answer
 
-    def _probe(self) -> tuple[str, str]:
-        """Return the text that the template puts behind a completion, and its part up to the first end token."""
+    def _behind(self, messages: Messages, prompt_text: str, completion: str, source: str) -> str:
+        """Return what the model has to write behind the prompt, up to the end token."""
+        frame, answer = self._frame, self._mark(completion)
+        full = self._text(messages, completion)
+        if not full.endswith(frame.tail):
+            raise DataError(self._unstable(prompt_text, full, source))
+        body = full.removesuffix(frame.tail)
+        whole = _letters(body).endswith(_letters(answer))
+        if whole and body.startswith(prompt_text):
+            return body[len(prompt_text) :]
+        # Nothing of a completion is lost: what the template leaves out stands as sampling would have written it.
+        head = self._text(messages, _PROBE).rpartition(_PROBE)[0]
+        written = body if whole and body.startswith(head) else head + answer
+        if written.startswith(prompt_text):
+            return written[len(prompt_text) :]
+        if prompt_text.startswith(head):
+            raise BadRow(Drop.TEMPLATE, f"at generation answers begin with {prompt_text[len(head) :]!r}, this one not")
+        # Earlier turns differ, but both end at the place where sampling starts.
+        if frame.opening is None or not (
+            prompt_text.endswith(frame.closing) and head.endswith(frame.closing + frame.opening)
+        ):
+            raise DataError(self._unstable(prompt_text, full, source))
+        return written[len(head) - len(frame.opening) :]
+
+    def _probe(self) -> _Frame:
+        """Look at a small conversation.
+
+        Raises:
+            DataError: the template cannot render one, or nothing ends an answer.
+        """
+        hello = (Message("user", "Hello"),)
         try:
-            full = self._text((Message("user", "Hello"),), _PROBE)
+            prompt, full = self._text(hello), self._text(hello, _PROBE)
         except BadRow as bad:
             raise DataError(
                 f"{self._name}: {bad}. Set a chat template that renders a user and an assistant turn."
             ) from bad
-        _, probe, tail = full.rpartition(_PROBE)
+        head, probe, tail = full.rpartition(_PROBE)
         if not probe:
             raise DataError(
                 f"{self._name}: the chat template leaves the assistant's text out, expected it at the end of"
@@ -172,7 +215,12 @@ class Renderer:
                 f"{self._name}: got no end-of-sequence token, expected one in the chat template behind the assistant's"
                 " text or as tokenizer.eos_token: without it a model never learns to stop. Set tokenizer.eos_token."
             )
-        return tail, tail[: end.end()] if end else ""
+        return _Frame(
+            closing=prompt.rpartition("Hello")[2],
+            opening=head.removeprefix(prompt) if head.startswith(prompt) else None,
+            tail=tail,
+            end=tail[: end.end()] if end else "",
+        )
 
     @property
     def _name(self) -> str:
@@ -223,8 +271,8 @@ class Renderer:
         return (
             f"{place}the chat template of {self._name} is not prefix-stable at character {at}: the prompt goes on"
             f" {prompt_text[at : at + 40]!r}, the same prompt with its completion {full[at : at + 40]!r}"
-            f" (ending {full[-40:]!r}). Expected the first to be the start of the second, and the end {self._tail!r}."
-            " Set a chat template that renders a turn the same way whatever follows it."
+            f" (ending {full[-40:]!r}). Expected the first to be the start of the second, and the end"
+            f" {self._frame.tail!r}. Set a chat template that renders a turn the same way whatever follows it."
         )
 
 
@@ -235,6 +283,11 @@ def _plain(turns: list[tuple[str, str]], answer: str | None) -> str:
     lines = [f"{role.capitalize()}: {content}" for role, content in turns]
     text = "\n\n".join([*lines, "Assistant:"])
     return text if answer is None else f"{text} {answer}"
+
+
+def _letters(text: str) -> str:
+    """Return a text without white space and case, which templates change and which say nothing of what is left out."""
+    return "".join(text.casefold().split())
 
 
 def _own_bos(tokenizer: "PreTrainedTokenizerBase") -> tuple[int, ...]:

@@ -31,7 +31,8 @@ def split(
     """Return (train, eval), each in the order of `records`: tuples, or parts of the file that `records` lie in.
 
     A prompt's side follows from its own hash, salted with `seed`: it changes neither with the order of the rows nor
-    with rows added later. Where the hash leaves a side empty, the nearest prompt goes there.
+    with rows added later. Only where the hash leaves a side empty, the nearest prompt goes there as long as none else
+    does.
 
     Args:
         records: the rows to divide.

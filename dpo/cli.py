@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from dpo.data_cli import OVERRIDES, Debug, data_app
+
 if TYPE_CHECKING:
     from dpo.settings import Run
 
@@ -17,15 +19,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-data_app = typer.Typer(
-    help="Look at a preference dataset before it trains.",
-    epilog="Example: dpo data check prefs.jsonl",
-    no_args_is_help=True,
-)
 app.add_typer(data_app, name="data")
-
-OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
 @app.command(
@@ -192,29 +186,6 @@ def evaluate_command(
         if not all(one.isdecimal() for one in counts):
             raise ConfigError(f"--adverse: got {adverse!r}, expected numbers of examples such as 10,50,100,340.")
         show_erosion(erode(Path(what), [int(one) for one in counts], overrides))
-
-
-@data_app.command(name="check", context_settings=OVERRIDES, epilog="Example: dpo data check prefs.jsonl max_length=512")
-def data_check(
-    context: typer.Context,
-    file: Annotated[str, typer.Argument(metavar="FILE", help="A file, or owner/name of a hub dataset.")],
-    debug: Debug = False,
-) -> None:
-    """Say what a dataset holds, which rows would be dropped and why. No model is loaded."""
-    from pydantic import ValidationError
-    from rich.console import Console
-
-    from dpo.data import DataConfig, check
-    from dpo.errors import ConfigError
-    from dpo.run import speaking
-    from dpo.settings import explained, read_overrides
-
-    with speaking(debug):
-        try:
-            config = DataConfig.model_validate({"train": file, **read_overrides(context.args)})
-        except ValidationError as error:
-            raise ConfigError(explained(error, DataConfig)) from error
-        Console().print(check(config).report)
 
 
 @app.command(epilog="Example: dpo objectives kto")

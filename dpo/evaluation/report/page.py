@@ -2,16 +2,16 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, final
+from typing import final
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from dpo.evaluation.measures import LEVEL
 from dpo.evaluation.records import Comparison
 from dpo.evaluation.report import plots, tables
 from dpo.evaluation.report.looks import Look, looks
-from dpo.evaluation.report.text import clean, setting, shorten
+from dpo.evaluation.report.template import template
+from dpo.evaluation.report.text import clean, shorten
 from dpo.metrics import METRICS
 
 CURVES = (
@@ -43,18 +43,8 @@ class Chart:
 
 def page(comparison: Comparison) -> str:
     """Return the whole of `report.html`: one file without scripts, that asks nothing of any network."""
-    environment = Environment(
-        loader=PackageLoader("dpo.evaluation.report", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        finalize=_finalize,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters |= {"shorten": shorten, "setting": setting}
     known = looks(comparison)
-    return environment.get_template("report.html.jinja").render(
+    return template("report.html.jinja").render(
         comparison=comparison,
         looks=known,
         level=f"{100 * LEVEL:g}",
@@ -64,6 +54,7 @@ def page(comparison: Comparison) -> str:
         missing=sum(rate.missing for wins in comparison.wins for rate in wins.rates),
         rows=tables.measure_rows(comparison),
         runs=tables.runs(comparison),
+        groups=tables.groups(comparison),
         gaps=tables.gaps(comparison),
         cost_cells=tables.cost_cells,
         own_settings=tables.own_settings,
@@ -106,8 +97,3 @@ def _charts(comparison: Comparison, known: Mapping[str, Look], axis: str, label:
             )
         )
     return found
-
-
-def _finalize(value: Any) -> Any:
-    """What the template prints; text from outside may hold characters that no page can."""
-    return clean(value) if isinstance(value, str) and not isinstance(value, Markup) else value

@@ -1,7 +1,7 @@
 """What the page's tables hold, as text."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, final
 
 from dpo.evaluation.measures import Estimate
@@ -33,6 +33,17 @@ class Row:
     """How many runs stand behind it."""
     cells: tuple[Cell | None, ...]
     """One a measure; None where it was not measured."""
+
+
+@final
+@dataclass(frozen=True)
+class Group:
+    """One annotator or population of the data."""
+
+    name: str
+    measures: tuple[Measure, ...]
+    """Those that were taken on it."""
+    rows: tuple[Row, ...]
 
 
 @final
@@ -132,6 +143,20 @@ def measure_rows(comparison: Comparison) -> list[Row]:
         Row(entry, _runs(entry, entry is comparison.start), tuple(column[n] for column in columns))
         for n, entry in enumerate(everyone)
     ]
+
+
+def groups(comparison: Comparison) -> list[Group]:
+    """Return a table of measures for each group."""
+    found = []
+    for name, own in comparison.groups.items():
+        everyone = [replace(one, measures=own.get(one.name, {})) for one in (comparison.start, *comparison.entries)]
+        measures = tuple(one for one in comparison.measures if any(one.name in entry.measures for entry in everyone))
+        columns = [_column(measure, everyone, {}) for measure in measures]
+        rows = (
+            Row(entry, _runs(entry, n == 0), tuple(column[n] for column in columns)) for n, entry in enumerate(everyone)
+        )
+        found.append(Group(name, measures, tuple(rows)))
+    return found
 
 
 def runs(comparison: Comparison) -> list[Run]:

@@ -46,6 +46,7 @@ def comparison(
     answer: str = "The sea was calm and I was glad to be there, {name}.",
     gpu: bool = False,
     title: str = "DPO, IPO, KTO, SimPO and PPO on controlled sentiment",
+    groups: Sequence[str] = (),
 ) -> Comparison:
     """Return a comparison; `failed` holds by entry's name the messages of the seeds whose run failed."""
     failed = failed or {}
@@ -89,6 +90,7 @@ def comparison(
         samples=tuple(
             SideBySide(prompt, {one.name: answer.format(name=one.name) for one in everyone}) for prompt in prompts
         ),
+        groups={group: {one.name: dict(one.measures) for one in everyone} for group in groups},
         settings={
             "data.path": "sentiment",
             "loop.learning_rate": 1e-4,

@@ -96,7 +96,13 @@ def small() -> Comparison:
 def hostile(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("hostile")
     made = example.comparison(
-        names=HOSTILE, seeds=2, failed={SCRIPT: {1: LONG}}, prompts=(LONG, SCRIPT), answer=LONG, title=SCRIPT
+        names=HOSTILE,
+        seeds=2,
+        failed={SCRIPT: {1: LONG}},
+        prompts=(LONG, SCRIPT),
+        answer=LONG,
+        title=SCRIPT,
+        groups=(SCRIPT, LONG),
     )
     texts = {"facts": {SCRIPT: SCRIPT}, "verdicts": (SCRIPT,), "warnings": (SCRIPT,), "settings": {SCRIPT: {LONG: 1}}}
     measures = tuple(replace(one, title=SCRIPT, unit=SCRIPT, text=SCRIPT) for one in made.measures)
@@ -228,6 +234,20 @@ class TestContent:
         for one in comparison.samples:
             assert one.prompt in text
             assert all(answer in text for answer in one.answers.values())
+
+    def test_groups_have_tables_of_their_own(self, html):
+        assert "By group" not in Page(html).text
+        found = example.comparison(names=("dpo", "ipo"), groups=("experts", "<b>crowd</b>"))
+        only_accuracy = {
+            name: {example.ACCURACY: own[example.ACCURACY]} for name, own in found.groups["experts"].items()
+        }
+        text = Page(page(replace(found, groups={**found.groups, "experts": only_accuracy}))).text
+        text = text.partition("By group")[2].partition("Differences")[0]
+        assert "Measures of the group experts" in text
+        assert "Measures of the group <b>crowd</b>" in text
+        experts = text.partition("Group <b>crowd</b>")[0]
+        assert "Accuracy" in experts
+        assert "Gold reward" not in experts
 
     def test_the_frontier_is_drawn_for_wide_and_narrow_screens(self, html):
         widths = re.findall(r'<div class="(wide|narrow)"><svg class="plot" viewBox="0 0 (\d+)', html)
