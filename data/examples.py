@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, final
 
-from dpo.data.records import Message, Messages
-from dpo.data.shelf import Kind
+from dpo.data.records import Messages
+from dpo.data.shelf import Kind, turn_of, turn_row
 
 if TYPE_CHECKING:
     import pyarrow
@@ -51,7 +51,7 @@ def _schema() -> "pyarrow.Schema":
             "desirable": pa.bool_(),
             "weight": number,
             "source": text,
-            "prompt_messages": pa.list_(pa.struct({"role": text, "content": text})),
+            "prompt_messages": pa.list_(pa.struct({"role": text, "content": text, "extra": text})),
             "texts": pa.list_(text),
             "group": text,
             "scores": pa.list_(number),
@@ -61,7 +61,7 @@ def _schema() -> "pyarrow.Schema":
 
 def _to_row(example: Example) -> dict[str, Any]:
     own = {name: getattr(example, name) for name in Example.__slots__}
-    return {**own, "prompt_messages": [{"role": m.role, "content": m.content} for m in example.prompt_messages]}
+    return {**own, "prompt_messages": [turn_row(turn) for turn in example.prompt_messages]}
 
 
 def _from_row(row: Mapping[str, Any]) -> Example:
@@ -70,7 +70,7 @@ def _from_row(row: Mapping[str, Any]) -> Example:
             **row,
             "prompt": tuple(row["prompt"]),
             "completions": tuple(map(tuple, row["completions"])),
-            "prompt_messages": tuple(Message(**turn) for turn in row["prompt_messages"]),
+            "prompt_messages": tuple(map(turn_of, row["prompt_messages"])),
             "texts": tuple(row["texts"]),
             "scores": tuple(row["scores"]),
         }

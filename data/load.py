@@ -13,9 +13,9 @@ from dpo.data.check import BadRow, Drop, inspect
 from dpo.data.config import DataConfig, Filter, Source
 from dpo.data.read import content, read
 from dpo.data.recognise import check_columns, recognise, rename
-from dpo.data.records import Message, Preference
+from dpo.data.records import Preference
 from dpo.data.report import Report, Summary, Tally
-from dpo.data.shelf import Kind, Shelf, cached
+from dpo.data.shelf import Kind, Shelf, cached, turn_of, turn_row
 from dpo.data.split import divide, fraction, held_out, prompt_digest
 
 if TYPE_CHECKING:
@@ -174,7 +174,7 @@ def _want(record: Preference, wanted: Filter) -> None:
 
 
 def _identity(record: Preference) -> bytes:
-    turns = [(message.role, message.content) for message in record.prompt]
+    turns = [(message.role, message.content, message.extra) for message in record.prompt]
     told = [turns, record.completions, record.scores, record.agreement, record.group]
     return sha256(json.dumps(told).encode()).digest()[:16]
 
@@ -188,7 +188,7 @@ def _schema() -> "pyarrow.Schema":
     text, number = pa.string(), pa.float64()
     return pa.schema(
         {
-            "prompt": pa.list_(pa.struct({"role": text, "content": text})),
+            "prompt": pa.list_(pa.struct({"role": text, "content": text, "extra": text})),
             "completions": pa.list_(text),
             "scores": pa.list_(number),
             "agreement": number,
@@ -202,7 +202,7 @@ def _schema() -> "pyarrow.Schema":
 
 def _to_row(record: Preference) -> dict[str, Any]:
     return {
-        "prompt": [{"role": turn.role, "content": turn.content} for turn in record.prompt],
+        "prompt": [turn_row(turn) for turn in record.prompt],
         "completions": record.completions,
         "scores": record.scores,
         "agreement": record.agreement,
@@ -218,7 +218,7 @@ def _from_row(row: Mapping[str, Any]) -> Preference:
     return Preference(
         **{
             **row,
-            "prompt": tuple(Message(**turn) for turn in row["prompt"]),
+            "prompt": tuple(map(turn_of, row["prompt"])),
             "completions": tuple(row["completions"]),
             "scores": None if scores is None else tuple(scores),
             "feedback": tuple(row["feedback"]),

@@ -41,6 +41,8 @@ ROLES: Mapping[str, Role] = {
     "model": "assistant",
     "tool": "tool",
 }
+TOOL_FIELDS: Mapping[Role, Columns] = {"assistant": ("tool_calls",), "tool": ("tool_call_id", "name")}
+"""What a message holds beside its text, by who speaks."""
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 _ANSWER = "\n\nAssistant:"
 
@@ -208,6 +210,8 @@ def completion_of(value: object, name: str) -> tuple[Messages, str]:
         return (), ""
     if (role := messages[-1].role) != "assistant":
         raise BadRow(Drop.WRONG_ROLE, f"{name} ends with a turn of the {role}")
+    if messages[-1].extra:
+        raise BadRow(Drop.WRONG_VALUE, f"{name} ends with a call of tools, expected text")
     return messages[:-1], messages[-1].content
 
 
@@ -245,7 +249,20 @@ def _message(turn: object, name: str) -> Message:
     role = turn.get("role", turn.get("from"))
     if not isinstance(role, str) or role.lower() not in ROLES:
         raise BadRow(Drop.WRONG_ROLE, f"role {role!r} in {name}")
-    return Message(ROLES[role.lower()], _content(turn.get("content", turn.get("value")), name))
+    own = ROLES[role.lower()]
+    return Message(own, _content(turn.get("content", turn.get("value")), name), _extra(turn, own, name))
+
+
+def _extra(turn: Mapping[str, Any], role: Role, name: str) -> str:
+    """Return what a message of or to a tool holds beside its text, as JSON; also as this project writes it."""
+    if (written := turn.get("extra")) is not None:
+        return _compact(as_dict(from_json(written, name), name)) if written else ""
+    found = {key: turn[key] for key in TOOL_FIELDS[role] if turn.get(key)} if role in TOOL_FIELDS else {}
+    return _compact(found) if found else ""
+
+
+def _compact(value: Mapping[str, Any]) -> str:
+    return json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
 
 
 def _content(value: object, name: str) -> str:

@@ -16,6 +16,9 @@ class Message:
 
     role: Role
     content: str
+    extra: str = ""
+    """What else the turn tells a chat template, as a JSON object: the `tool_calls` of an assistant, `tool_call_id` and
+    `name` of a tool. Empty where there is nothing."""
 
     def __post_init__(self) -> None:
         if self.role not in get_args(Role):

@@ -7,6 +7,7 @@ Some templates write a finished conversation otherwise than the start of the sam
 leave an answer's thoughts out. The completion is then what the model has to write behind the prompt of generation.
 """
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -228,15 +229,15 @@ class Renderer:
 
     def _text(self, messages: Messages, completion: str | None = None) -> str:
         """Render a prompt ready for generation, or with its completion; special tokens in the texts are marked."""
-        turns = [(message.role, self._mark(message.content)) for message in messages]
+        turns = [Message(one.role, self._mark(one.content), self._mark(one.extra)) for one in messages]
         answer = None if completion is None else self._mark(completion)
         return self._templated(turns, answer) if self._tokenizer.chat_template else _plain(turns, answer)
 
-    def _templated(self, turns: list[tuple[str, str]], answer: str | None) -> str:
+    def _templated(self, turns: list[Message], answer: str | None) -> str:
         from jinja2.exceptions import SecurityError, TemplateError
 
-        turns = turns if answer is None else [*turns, ("assistant", answer)]
-        chat = [{"role": role, "content": content} for role, content in turns]
+        turns = turns if answer is None else [*turns, Message("assistant", answer)]
+        chat = [{"role": turn.role, "content": turn.content, **json.loads(turn.extra or "{}")} for turn in turns]
         try:
             text = self._tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=answer is None)
         except SecurityError as error:
@@ -276,11 +277,13 @@ class Renderer:
         )
 
 
-def _plain(turns: list[tuple[str, str]], answer: str | None) -> str:
+def _plain(turns: list[Message], answer: str | None) -> str:
     """Render without a chat template."""
-    if len(turns) == 1 and turns[0][0] == "user":
-        return turns[0][1] + (answer or "")
-    lines = [f"{role.capitalize()}: {content}" for role, content in turns]
+    if any(turn.extra for turn in turns):
+        raise BadRow(Drop.TEMPLATE, "tools are called, and there is no chat template to say how")
+    if len(turns) == 1 and turns[0].role == "user":
+        return turns[0].content + (answer or "")
+    lines = [f"{turn.role.capitalize()}: {turn.content}" for turn in turns]
     text = "\n\n".join([*lines, "Assistant:"])
     return text if answer is None else f"{text} {answer}"
 

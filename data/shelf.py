@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast, final, overload
 
 from dpo.cache import cache_folder
+from dpo.data.records import Message
 from dpo.errors import DataError
 
 if TYPE_CHECKING:
@@ -112,6 +113,16 @@ class OnDisk(Sequence[T]):
 
     def __repr__(self) -> str:
         return f"OnDisk({len(self)} records of {self._file})"
+
+
+def turn_row(turn: Message) -> dict[str, str]:
+    """Return a turn as it stands in a row."""
+    return {"role": turn.role, "content": turn.content, **({"extra": turn.extra} if turn.extra else {})}
+
+
+def turn_of(row: Mapping[str, Any]) -> Message:
+    """Return the turn that `turn_row` wrote."""
+    return Message(row["role"], row["content"], row.get("extra") or "")
 
 
 def pick(records: Sequence[T], indices: Iterable[int]) -> Sequence[T]:

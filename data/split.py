@@ -11,12 +11,14 @@ from dpo.errors import DataError
 
 def prompt_key(prompt: Messages) -> str:
     """Return the prompt without case and white space differences: equal keys are one prompt."""
-    return "\n".join(f"{message.role} {' '.join(message.content.casefold().split())}" for message in prompt)
+    return "\n".join(
+        f"{message.role} {' '.join(message.content.casefold().split())}{message.extra}" for message in prompt
+    )
 
 
 def prompt_digest(prompt: Messages, exact: bool = False) -> bytes:
     """Return 16 bytes that stand for `prompt_key`, or where `exact` for the prompt as it is."""
-    text = json.dumps([(turn.role, turn.content) for turn in prompt]) if exact else prompt_key(prompt)
+    text = json.dumps([(turn.role, turn.content, turn.extra) for turn in prompt]) if exact else prompt_key(prompt)
     return sha256(text.encode("utf-8", "surrogatepass")).digest()[:16]
 
 

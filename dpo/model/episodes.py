@@ -156,7 +156,7 @@ def _plain(example: Example) -> dict[str, Any]:
         "completions": [list(one) for one in example.completions],
         "texts": list(example.texts),
         "scores": list(example.scores),
-        "prompt_messages": [[message.role, message.content] for message in example.prompt_messages],
+        "prompt_messages": [[turn.role, turn.content, turn.extra] for turn in example.prompt_messages],
     }
 
 
@@ -168,6 +168,6 @@ def _example(plain: Mapping[str, Any]) -> Example:
             "completions": tuple(map(tuple, plain["completions"])),
             "texts": tuple(plain["texts"]),
             "scores": tuple(plain["scores"]),
-            "prompt_messages": tuple(Message(role, content) for role, content in plain["prompt_messages"]),
+            "prompt_messages": tuple(Message(*turn) for turn in plain["prompt_messages"]),
         }
     )

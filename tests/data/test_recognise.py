@@ -1,16 +1,20 @@
 """Every general format by a small row, every reason for which one refuses a row, and columns of the user's own."""
 
+import json
 from types import MappingProxyType
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dpo.data import DataConfig, check
 from dpo.data.check import BadRow, Drop, inspect
 from dpo.data.formats import FORMATS, GENERAL
 from dpo.data.read import Row
 from dpo.data.recognise import check_columns, recognise, rename
 from dpo.data.records import Message, Preference
+from dpo.data.split import prompt_key
+from dpo.data.write import write
 from dpo.errors import DataError
 
 HI = Message("user", "hi")
@@ -355,3 +359,41 @@ def test_the_rated_format_holds_every_record(record):
     shape = recognise([row])
     assert shape.name == "rated"
     assert shape.convert(row) == record
+
+
+class TestTools:
+    CALL = {"type": "function", "function": {"name": "weather", "arguments": {"place": "Kiel"}}}  # noqa: RUF012
+    TURNS = (
+        user("Rain in Kiel?"),
+        {"role": "assistant", "content": None, "tool_calls": [CALL]},
+        {"role": "tool", "content": "yes", "tool_call_id": "1", "name": "weather", "unknown": 3},
+    )
+
+    def test_calls_and_their_results_are_kept_for_the_template(self):
+        record = convert(
+            {"prompt": list(self.TURNS), "chosen": [assistant("It does.")], "rejected": [assistant("No.")]}
+        )
+        asked, call, result = record.prompt
+        assert (asked.extra, call.content) == ("", "")
+        assert json.loads(call.extra) == {"tool_calls": [self.CALL]}
+        assert json.loads(result.extra) == {"tool_call_id": "1", "name": "weather"}
+
+    def test_another_call_is_another_prompt(self):
+        other = [self.TURNS[0], {**self.TURNS[1], "tool_calls": [{**self.CALL, "id": "2"}]}, self.TURNS[2]]
+        keys = {
+            prompt_key(convert({"prompt": list(turns), "chosen": "a", "rejected": "b"}).prompt)
+            for turns in (self.TURNS, other)
+        }
+        assert len(keys) == 2
+
+    def test_a_call_is_no_completion(self):
+        row = {"prompt": "hi", "chosen": [{**self.TURNS[1], "content": "Let me see."}], "rejected": [assistant("No.")]}
+        with pytest.raises(BadRow, match="chosen ends with a call of tools, expected text"):
+            convert(row)
+
+    def test_what_was_written_is_read_again(self, tmp_path):
+        record = convert({"prompt": list(self.TURNS), "chosen": "a", "rejected": "b"})
+        for name in ("out.jsonl", "out.parquet"):
+            write([record], tmp_path / name)
+            (again,) = check(DataConfig(train=str(tmp_path / name), eval_share=0)).train
+            assert again.prompt == record.prompt

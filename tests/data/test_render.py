@@ -1,5 +1,7 @@
 """Prompt ids are those of generation; a completion ends once; text stays text."""
 
+import json
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -216,3 +218,39 @@ class TestOverlong:
     def test_a_limit_below_two_is_refused(self, letters):
         with pytest.raises(ValueError, match=r"Renderer\.max_length must be >= 2"):
             Renderer(letters, 1)
+
+
+class TestTools:
+    TEMPLATE = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+        "{% for call in m.tool_calls or [] %}[{{ call.function.name }} {{ call.function.arguments.place }}]{% endfor %}"
+        "{% if m.tool_call_id %}({{ m.tool_call_id }}){% endif %}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+
+    def turns(self, place: str) -> tuple[Message, ...]:
+        call = {"tool_calls": [{"function": {"name": "weather", "arguments": {"place": place}}}]}
+        return (
+            Message("user", "Rain?"),
+            Message("assistant", "", json.dumps(call, ensure_ascii=False)),
+            Message("tool", "yes", json.dumps({"tool_call_id": "7"})),
+        )
+
+    def test_the_template_sees_calls_and_their_results(self, make_tokenizer):
+        tokenizer = make_tokenizer(self.TEMPLATE)
+        text = tokenizer.decode(list(Renderer(tokenizer, 200).render(self.turns("Kiel"), ["It does."]).prompt))
+        assert "[weather Kiel]" in text
+        assert "yes(7)" in text
+
+    def test_a_special_token_spelled_in_a_call_is_text(self, make_tokenizer):
+        tokenizer = make_tokenizer(self.TEMPLATE)
+        end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+        plain, spelled = (
+            Renderer(tokenizer, 200).render(self.turns(place), ["It does."]).prompt for place in ("Kiel", "<|im_end|>")
+        )
+        assert plain.count(end) == spelled.count(end) == 3
+        assert "[weather <|im_end|>]" in tokenizer.decode(list(spelled))
+
+    def test_without_a_template_nobody_knows_how_to_write_them(self, make_tokenizer):
+        with pytest.raises(BadRow, match="there is no chat template to say how"):
+            Renderer(make_tokenizer(), 200).render(self.turns("Kiel"), ["It does."])

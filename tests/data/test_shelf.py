@@ -75,7 +75,12 @@ class TestSequences:
         st.builds(
             Preference,
             prompt=st.lists(
-                st.builds(Message, role=st.sampled_from(["system", "user", "assistant", "tool"]), content=st.text())
+                st.builds(
+                    Message,
+                    role=st.sampled_from(["system", "user", "assistant", "tool"]),
+                    content=st.text(),
+                    extra=st.sampled_from(["", '{"tool_call_id": "7"}']),
+                )
             ).map(tuple),
             completions=st.just(("a", "b")),
             scores=st.none() | st.tuples(*[st.floats(allow_nan=False, allow_infinity=False)] * 2),
