@@ -27,6 +27,9 @@ _HEAD = 20
 _LATER = {"max_length", "overlong", "per_prompt", "group_weights"}
 """Settings that the records do not depend on."""
 
+_OF_MAIN = ("train", "columns", "label", "limit", "share")
+"""Settings of the first source, which stand beside those of all."""
+
 
 @final
 @dataclass(frozen=True)
@@ -64,9 +67,6 @@ def check(config: DataConfig) -> Checked:
     if plain["eval"] is not None:
         return Checked(config, parts["train"], parts["eval"], report, Report.from_dict(plain["eval"]), reports)
     return Checked(config, *divide(parts["train"], plain["held_out"]), report, None, reports)
-
-
-_OF_MAIN = ("train", "columns", "label", "limit", "share")
 
 
 def _build(config: DataConfig, sources: Sequence[Source], shelves: Mapping[str, Shelf[Preference]]) -> dict[str, Any]:
