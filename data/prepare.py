@@ -22,6 +22,8 @@ from dpo.data.weigh import capped, group_factors
 from dpo.errors import DataError
 
 if TYPE_CHECKING:
+    from hashlib import _Hash
+
     from transformers import PreTrainedTokenizerBase
 
 
@@ -106,8 +108,7 @@ def _tokenise_sides(
         tally = Tally(config.on_bad_row)
         source = distinct_prompts(records, tally) if view == "prompts" else records
         for example in _tokenise(source, renderer, view, tally, config.filter.min_gap if side == "train" else None):
-            shelves[side].add(example)
-            fingerprint.update(_trace(side, example))
+            _put(side, example, shelves, fingerprint)
         plain[side] = tally.to_dict()
     return {**plain, "fingerprint": fingerprint.hexdigest()}
 
@@ -129,8 +130,7 @@ def _finish(
         if mismatched:
             examples = with_mismatched(found, examples, side, config)
         for example in examples:
-            shelves[side].add(example)
-            fingerprint.update(_trace(side, example))
+            _put(side, example, shelves, fingerprint)
     return {"capped": tally.to_dict(), "fingerprint": fingerprint.hexdigest()}
 
 
@@ -193,7 +193,7 @@ def _distinct(item: Item, ids: Mapping[str, tuple[int, ...]]) -> list[int]:
 
 
 def _unsupported(checked: Checked, view: View) -> str:
-    held = supported((*checked.train, *checked.eval))
+    held = supported(checked.train, checked.eval)
     return (
         f"{checked.report.source}: got {checked.report.format!r} rows ({checked.report.rule}), expected rows that hold"
         f" {view}. They hold {' and '.join(held) or 'prompts only'}: choose an objective with such a view, or"
@@ -201,14 +201,16 @@ def _unsupported(checked: Checked, view: View) -> str:
     )
 
 
-def _trace(side: str, e: Example) -> bytes:
-    """Return the part of an example that a run depends on."""
+def _put(side: str, example: Example, shelves: Mapping[str, Shelf[Example]], fingerprint: "_Hash") -> None:
+    """Put an example on its side's shelf; the fingerprint sees all of it that a run depends on."""
+    e = example
     values: list[object] = [side, e.prompt, e.completions, e.preference, e.desirable, e.weight]
     if e.scores:
         values.append(e.scores)
     if not e.completions:
         values.append(e.texts)
-    return json.dumps(values).encode() + b"\n"
+    fingerprint.update(json.dumps(values).encode() + b"\n")
+    shelves[side].add(example)
 
 
 def _identity(tokenizer: "PreTrainedTokenizerBase") -> str:

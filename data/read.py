@@ -6,7 +6,6 @@ so that it shows before training starts.
 
 import csv
 import gzip
-import hashlib
 import json
 import math
 import re
@@ -19,6 +18,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn, final
 
+from dpo.cache import hash_file
 from dpo.errors import DataError, nearest
 
 _HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<split>\w+))?")
@@ -69,8 +69,7 @@ def content(path_or_name: str) -> str:
     """
     path = Path(path_or_name)
     if path.is_file():
-        with path.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
+        return hash_file(path)
     if (hub := _hub_name(path_or_name)) is not None:
         return str(_load_hub(*hub)._fingerprint)
     raise DataError(_absent(path))

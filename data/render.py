@@ -82,15 +82,13 @@ class Renderer:
         self._tokenizer = tokenizer
         self._max_length = max_length
         self._overlong: Overlong = overlong
-        added = tokenizer.added_tokens_decoder.values()
-        special = {token.content for token in added if token.special} | set(tokenizer.all_special_tokens)
         # Longest first, so that "<|end|>x" is not taken for "<|end|>"; the mark's own character is escaped as well.
-        self._marked = [*sorted(special - {""}, key=lambda spelling: (-len(spelling), spelling)), _OPEN]
+        self._marked = [*sorted(special_tokens(tokenizer), key=lambda spelling: (-len(spelling), spelling)), _OPEN]
         self._number = {spelling: number for number, spelling in enumerate(self._marked)}
         self._special = re.compile("|".join(map(re.escape, self._marked[:-1])) or "(?!)")
         self._escape = re.compile("|".join(map(re.escape, self._marked)))
         self._eos = _id(tokenizer.eos_token_id)
-        self._bos = () if tokenizer.chat_template else _own_bos(tokenizer)
+        self._bos = () if tokenizer.chat_template else own_bos(tokenizer)
         self._frame = self._probe()
 
     @property
@@ -293,7 +291,13 @@ def _letters(text: str) -> str:
     return "".join(text.casefold().split())
 
 
-def _own_bos(tokenizer: "PreTrainedTokenizerBase") -> tuple[int, ...]:
+def special_tokens(tokenizer: "PreTrainedTokenizerBase") -> set[str]:
+    """Return the spellings of the tokens that a text may only name, never be."""
+    added = tokenizer.added_tokens_decoder.values()
+    return ({token.content for token in added if token.special} | set(tokenizer.all_special_tokens)) - {""}
+
+
+def own_bos(tokenizer: "PreTrainedTokenizerBase") -> tuple[int, ...]:
     """Return the BOS id where the tokenizer puts one in front of a text by itself."""
     bos = _id(tokenizer.bos_token_id)
     return (bos,) if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else ()

@@ -17,7 +17,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast, final, overload
 
-from dpo.cache import cache_folder
+from dpo.cache import cache_folder, hash_file
 from dpo.data.records import Message
 from dpo.errors import DataError
 
@@ -235,7 +235,7 @@ def cached(
 
 def _seal(scratch: Path, key: str, kinds: Mapping[str, Kind[Any]], plain: Mapping[str, Any]) -> None:
     """Write the entry's own file, which names the others by their content, and force all to disk."""
-    hashes = {name: _hash(scratch / f"{name}.arrow") for name in kinds}
+    hashes = {name: hash_file(scratch / f"{name}.arrow") for name in kinds}
     (scratch / ENTRY_FILE).write_text(json.dumps({"key": key, "sha256": hashes, "plain": plain}), encoding="utf-8")
     for file in scratch.iterdir():
         descriptor = os.open(file, os.O_RDONLY)
@@ -268,7 +268,7 @@ def _open(
     try:
         entry = json.loads((folder / ENTRY_FILE).read_text(encoding="utf-8"))
         for name in kinds:
-            if _hash(folder / f"{name}.arrow") != entry["sha256"][name]:
+            if hash_file(folder / f"{name}.arrow") != entry["sha256"][name]:
                 raise ValueError(f"{name}.arrow has changed")
         if entry["key"] != key:
             raise ValueError("it is named for other data")
@@ -277,11 +277,6 @@ def _open(
         return None
     parts = {name: OnDisk(folder / f"{name}.arrow", kind, entry["sha256"][name]) for name, kind in kinds.items()}
     return cast("dict[str, Sequence[Any]]", parts), entry["plain"]
-
-
-def _hash(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _code() -> str:

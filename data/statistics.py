@@ -1,6 +1,5 @@
-"""Lengths and shares of many records, summed up without keeping the records."""
+"""Lengths of many records, summed up without keeping the records."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
@@ -8,31 +7,7 @@ from typing import final
 import numpy as np
 from scipy import stats
 
-LEVEL = 0.95
-"""Confidence of every interval."""
-
-
-@final
-@dataclass(frozen=True)
-class Share:
-    """A share of `n` cases and its 95 % interval."""
-
-    value: float
-    low: float
-    high: float
-    n: int
-    """Independent cases behind it."""
-
-    @classmethod
-    def of(cls, value: float, n: int) -> "Share":
-        """Return a share with its Wilson interval.
-
-        Args:
-            value: the share, 0 to 1.
-            n: independent cases (>= 1).
-        """
-        interval = stats.binomtest(round(value * n), n).proportion_ci(LEVEL, method="wilson")
-        return cls(value, min(value, float(interval.low)), max(value, float(interval.high)), n)
+from dpo.estimates import Estimate, auc
 
 
 @final
@@ -83,16 +58,12 @@ class Lengths:
         return cls(len(values), minimum, p5, p25, median, p75, p95, p99, maximum, bins)
 
 
-def separation(positive: Sequence[int], negative: Sequence[int]) -> Share | None:
+def separation(positive: Sequence[int], negative: Sequence[int]) -> Estimate | None:
     """Return the chance that a value of `positive` is above one of `negative`, a tie counting half (AUC).
 
-    Its interval is that of Hanley and McNeil 1982 (doi:10.1148/radiology.143.1.7063747). None where a side is empty.
+    None where a side is empty.
     """
-    first, second = len(positive), len(negative)
-    if not first or not second:
+    if not positive or not negative:
         return None
-    area = float(stats.mannwhitneyu(positive, negative, method="asymptotic").statistic) / (first * second)
-    both_below, both_above = area / (2 - area), 2 * area * area / (1 + area)
-    spread = area * (1 - area) + (first - 1) * (both_below - area * area) + (second - 1) * (both_above - area * area)
-    half = float(stats.norm.ppf(0.5 + LEVEL / 2)) * math.sqrt(max(spread, 0.0) / (first * second))
-    return Share(area, max(0.0, area - half), min(1.0, area + half), first + second)
+    ranked = stats.mannwhitneyu(positive, negative, method="asymptotic")
+    return auc(float(ranked.statistic) / (len(positive) * len(negative)), len(positive), len(negative))

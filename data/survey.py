@@ -16,9 +16,10 @@ from dpo.data.load import Checked
 from dpo.data.near import Places, Signatures, Sketcher, match
 from dpo.data.records import Pair, Preference
 from dpo.data.split import prompt_key
-from dpo.data.statistics import Lengths, Share, separation
+from dpo.data.statistics import Lengths, separation
 from dpo.data.surveyed import Leaks, Names, Pairs, Repeats, Side, Survey, Thumbs, Twins, Votes
 from dpo.data.tokens import survey_tokens
+from dpo.estimates import share
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -89,9 +90,7 @@ class _Scan:
             completion_words=Lengths.of(self._completion_words) if self._completion_words else None,
             repeats=_repeats(self, signatures),
             pairs=self._pair_findings() if self._pairs else None,
-            thumbs=Thumbs(
-                Share.of(len(self._desirable) / thumbs, thumbs), separation(self._desirable, self._undesirable)
-            )
+            thumbs=Thumbs(share(len(self._desirable), thumbs), separation(self._desirable, self._undesirable))
             if thumbs
             else None,
             votes=Votes(self._voted, self._agreement / self._voted, self._soft, self._undecided)
@@ -157,9 +156,9 @@ class _Scan:
             restated=len(keys) - len(different),
             contradictions=len(contrary),
             examples=self.named((int(owners[first[n]]), int(owners[first[n + 1]])) for n in contrary),
-            longer_wins=Share.of(longer / decided, self._uneven) if decided else None,
+            longer_wins=share(longer / decided * self._uneven, self._uneven) if decided else None,
             equal_length=neither,
-            by_length=Share.of(max(longer, shorter) + neither / 2, self._paired),
+            by_length=share(min((max(longer, shorter) + neither / 2) * self._paired, self._paired), self._paired),
             longer=longer >= shorter,
         )
 

@@ -4,8 +4,9 @@ from dataclasses import dataclass
 from typing import final
 
 from dpo.data.report import Report
-from dpo.data.statistics import Lengths, Share
+from dpo.data.statistics import Lengths
 from dpo.data.tokens import TokenSurvey
+from dpo.estimates import Estimate
 
 Twins = tuple[tuple[str, str], ...]
 """Sources of two records each, the first few."""
@@ -67,11 +68,11 @@ class Pairs:
     """Pairs that are stated both ways round."""
     examples: Twins
     """Records that contradict each other."""
-    longer_wins: Share | None
+    longer_wins: Estimate | None
     """Of the pairs whose completions differ in their number of words: the better one is the longer."""
     equal_length: float
     """Share of the pairs whose completions have the same number of words."""
-    by_length: Share
+    by_length: Estimate
     """Share of the pairs that the better of two rules, "the longer wins" and "the shorter wins", gets right."""
     longer: bool
     """True where the better rule is "the longer wins"."""
@@ -82,8 +83,8 @@ class Pairs:
 class Thumbs:
     """What the records with a single, scored completion are like."""
 
-    desirable: Share
-    by_length: Share | None
+    desirable: Estimate
+    by_length: Estimate | None
     """The chance that a desirable completion has more words than an undesirable one (AUC); 0.5: length tells
     nothing. None where a label is absent."""
 

@@ -10,9 +10,10 @@ import numpy as np
 
 from dpo.data.check import BadRow
 from dpo.data.records import Preference
-from dpo.data.render import Rendered, Renderer
-from dpo.data.statistics import Lengths, Share
+from dpo.data.render import Rendered, Renderer, own_bos, special_tokens
+from dpo.data.statistics import Lengths
 from dpo.errors import DataError
+from dpo.estimates import Estimate, share
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -63,7 +64,7 @@ class TokenSurvey:
     """In tokens, as the template renders it; None where nothing could be rendered."""
     completion: Lengths | None
     """In tokens; None where nothing could be rendered, or where there are no completions."""
-    over: Share | None
+    over: Estimate | None
     """Records whose prompt and longest completion have more than `max_length` tokens together."""
     refused: int
     """Records that the template, or the tokenizer, makes nothing of."""
@@ -127,7 +128,7 @@ def survey_tokens(
         sampled=sampled,
         prompt=Lengths.of(prompts) if prompts else None,
         completion=Lengths.of(completions) if completions else None,
-        over=Share.of(over / len(totals), len(totals)) if totals else None,
+        over=share(over, len(totals)) if totals else None,
         refused=refused,
         refusal=refusal,
         special_records=holding,
@@ -155,8 +156,7 @@ def _spelled(
     records: Sequence[Preference], tokenizer: "PreTrainedTokenizerBase"
 ) -> tuple[int, tuple[tuple[str, int], ...], tuple[str, ...]]:
     """Return how many records spell special tokens, which ones, and the sources of the first few."""
-    added = tokenizer.added_tokens_decoder.values()
-    special = ({token.content for token in added if token.special} | set(tokenizer.all_special_tokens)) - {""}
+    special = special_tokens(tokenizer)
     if not special:
         return 0, (), ()
     pattern = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))))
@@ -201,7 +201,7 @@ def _template_findings(tokenizer: "PreTrainedTokenizerBase") -> list[Finding]:
             )
         )
     bos = str(tokenizer.bos_token or "")
-    own = bool(bos) and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+    own = bool(own_bos(tokenizer))
     if bos and asked.startswith(bos + bos):
         findings.append(
             Finding(

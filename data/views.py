@@ -48,9 +48,9 @@ def distinct_prompts(records: Sequence[Preference], tally: Tally) -> Sequence[Pr
     return pick(records, found.values())
 
 
-def supported(records: Sequence[Preference]) -> list[View]:
+def supported(*sides: Sequence[Preference]) -> list[View]:
     """Return the views in which any record holds an example, prompts aside, which every file holds."""
-    return [view for view in _VIEWS if view != "prompts" and holds(view, records)]
+    return [view for view in _VIEWS if view != "prompts" and holds(view, *sides)]
 
 
 def holds(view: View, *sides: Sequence[Preference]) -> bool:

@@ -12,7 +12,6 @@ checkpoints before it as they were; older ones are removed only after the new on
 the newest that verifies. The file system must be POSIX: rename is atomic and folders can be forced to disk.
 """
 
-import hashlib
 import json
 import logging
 import math
@@ -32,6 +31,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from dpo.cache import hash_file
 from dpo.errors import CheckpointError
 
 JSON: TypeAlias = "bool | int | float | str | list[JSON] | dict[str, JSON] | None"
@@ -302,12 +302,6 @@ def restore_rng(tensors: Mapping[str, Tensor], device: str | torch.device) -> No
     np.random.set_state(("MT19937", words, position, has_gauss, tensors["numpy.gauss"].item()))
     if "torch.cuda" in tensors:
         torch.cuda.set_rng_state(tensors["torch.cuda"].cpu(), device)
-
-
-def hash_file(path: Path) -> str:
-    """Return the sha256 of a file's bytes, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def atomic_write_text(path: Path, text: str) -> None:

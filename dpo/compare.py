@@ -24,11 +24,11 @@ from dpo import losses, recipes
 from dpo.checkpoint import atomic_write_text
 from dpo.data import Checked, check
 from dpo.errors import CheckpointError, ConfigError, DataError, DPOError, TrainingError, nearest
+from dpo.estimates import Estimate
 from dpo.evaluation import report
 from dpo.evaluation.achieved import Achieved
 from dpo.evaluation.comparison import Asked, compare
 from dpo.evaluation.judges import Judge, JudgeConfig, ModelJudge, Verdicts
-from dpo.evaluation.measures import Estimate
 from dpo.evaluation.records import START, Comparison, Cost, Trained
 from dpo.metrics import METRICS_FILE, read
 from dpo.model.base import Base, load_base

@@ -6,8 +6,9 @@ from typing import Any
 
 from dpo.data import Checked, DataConfig, Example, Renderer, check
 from dpo.data.records import Messages
+from dpo.estimates import Estimate, auc, mean
 from dpo.evaluation.achieved import Achieved
-from dpo.evaluation.measures import Estimate, by_agreement, calibration, calibration_error, mean, pair_accuracy
+from dpo.evaluation.measures import by_agreement, calibration, calibration_error, pair_accuracy
 from dpo.evaluation.pairs import hold_out
 from dpo.evaluation.probes import probe
 from dpo.evaluation.samples import EvaluationPrompt, Spoken, speak
@@ -107,7 +108,7 @@ def by_own_reward(record: LossInput | None, out: LossOutput | None) -> dict[str,
         return {"eval/reward/accuracy": _ranking_accuracy(record)}
     if isinstance(record, JudgementLogps) and "reward/accuracy" in out.metrics:
         value = out.metrics["reward/accuracy"].item()
-        return {"eval/reward/accuracy": _auc(value, int(record.desirable.sum()), int((~record.desirable).sum()))}
+        return {"eval/reward/accuracy": auc(value, int(record.desirable.sum()), int((~record.desirable).sum()))}
     return {}
 
 
@@ -121,14 +122,6 @@ def _ranking_accuracy(record: RankingScores) -> Estimate:
     if all(len(one) == 1 for one in hits.values()):
         return pair_accuracy([one[0] for one in hits.values()], [0.5] * len(hits))
     return mean([sum(one) / len(one) for one in hits.values()])
-
-
-def _auc(value: float, desirable: int, undesirable: int) -> Estimate:
-    """Return the AUC with the interval of Hanley and McNeil (1982)."""
-    first, second = value / (2 - value), 2 * value**2 / (1 + value)
-    variance = value * (1 - value) + (desirable - 1) * (first - value**2) + (undesirable - 1) * (second - value**2)
-    half = 1.96 * (max(variance, 0.0) / (desirable * undesirable)) ** 0.5
-    return Estimate(value, max(0.0, value - half), min(1.0, value + half), desirable + undesirable)
 
 
 def all_measures(objective: Objective, record: LossInput | None, achieved: Achieved) -> dict[str, dict[str, float]]:

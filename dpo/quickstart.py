@@ -17,7 +17,7 @@ from rich.table import Table
 
 from dpo.checkpoint import atomic_write_text
 from dpo.data import DataConfig, check
-from dpo.evaluation.measures import Estimate, mean
+from dpo.estimates import Estimate, mean
 from dpo.evaluation.samples import Spoken
 from dpo.model.base import load_base
 from dpo.run import Result, Run, execute, measure_start

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import final
 
-from dpo.evaluation.measures import Estimate
+from dpo.estimates import Estimate
 from dpo.evaluation.pairs import HeldOut
 from dpo.evaluation.probes import Probed
 from dpo.evaluation.samples import Spoken

@@ -12,7 +12,7 @@ from typing import final
 
 import numpy as np
 
-from dpo.evaluation.measures import Estimate, mean
+from dpo.estimates import Estimate, mean
 from dpo.evaluation.samples import Spoken
 
 

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias, final
 
 from dpo.data.read import read
 from dpo.errors import DataError, ModelError
-from dpo.evaluation.measures import Estimate, share
+from dpo.estimates import Estimate, share
 
 
 @final

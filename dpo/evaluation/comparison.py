@@ -12,10 +12,10 @@ from typing import Any, final
 
 import numpy as np
 
+from dpo.estimates import LEVEL, Estimate
 from dpo.evaluation.achieved import Achieved
 from dpo.evaluation.diversity import distinct_n, self_bleu
 from dpo.evaluation.judges import Judge, Question, Verdict, position_bias
-from dpo.evaluation.measures import LEVEL, Estimate
 from dpo.evaluation.probes import CHOICES, FLIPS, SHIFT, TEXT
 from dpo.evaluation.records import (
     START,

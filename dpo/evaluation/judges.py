@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from tqdm.auto import tqdm
 
 from dpo.errors import ConfigError, DataError, DPOError, RewardError
-from dpo.evaluation.measures import Estimate, mean, share
+from dpo.estimates import Estimate, mean, share
 from dpo.redact import redact_text
 from dpo.rewards import judge as scored
 

@@ -13,7 +13,8 @@ from typing import final
 from dpo.checkpoint import atomic_write_text
 from dpo.data import Example
 from dpo.errors import CheckpointError
-from dpo.evaluation.measures import REMEDY, Estimate, mean
+from dpo.estimates import Estimate, mean
+from dpo.evaluation.measures import REMEDY
 from dpo.model.base import LanguageModel
 from dpo.model.reference import Reference
 from dpo.model.views import all_sums, keys

@@ -11,7 +11,7 @@ from scipy import stats
 
 from dpo.data.read import read
 from dpo.errors import DataError, ModelError
-from dpo.evaluation.measures import LEVEL, Estimate, mean
+from dpo.estimates import LEVEL, Estimate, mean
 
 Window: TypeAlias = tuple[tuple[int, ...], tuple[int, ...]]
 """Token ids that are only read, and the ids behind them that are scored."""

@@ -9,8 +9,9 @@ from typing import final
 from dpo.checkpoint import atomic_write_text
 from dpo.data import Message, Renderer
 from dpo.errors import CheckpointError
+from dpo.estimates import Estimate, mean
 from dpo.evaluation.choices import TextLogp, choose, read_choices
-from dpo.evaluation.measures import REMEDY, Estimate, mean
+from dpo.evaluation.measures import REMEDY
 from dpo.evaluation.perplexity import Window, perplexity, read_documents
 from dpo.evaluation.sycophancy import built_in, read_items, sycophancy
 from dpo.model.base import LanguageModel, Role

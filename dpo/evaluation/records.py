@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, final
 
+from dpo.estimates import Estimate
 from dpo.evaluation.achieved import Achieved
 from dpo.evaluation.judges import PositionBias
-from dpo.evaluation.measures import Estimate
 from dpo.metrics import Row
 
 START = "start"

@@ -8,7 +8,8 @@ from typing import final
 
 from dpo.checkpoint import atomic_write_text
 from dpo.errors import CheckpointError
-from dpo.evaluation.measures import REMEDY, Estimate, mean
+from dpo.estimates import Estimate, mean
+from dpo.evaluation.measures import REMEDY
 from dpo.model.base import LanguageModel, Role
 from dpo.model.rollout import sample
 from dpo.model.views import all_sums

@@ -12,7 +12,7 @@ from typing import final
 import numpy as np
 from scipy import stats
 
-from dpo.evaluation.measures import LEVEL, Estimate
+from dpo.estimates import LEVEL, Estimate
 
 DRAWS = 10_000
 """Of the error of a mean. The smallest p is 2 / (DRAWS + 1): below 0.05 after a correction for 200 tests."""

@@ -7,8 +7,8 @@ from typing import Final, TypeGuard, final
 
 from dpo.data.read import Row, read
 from dpo.errors import DataError
+from dpo.estimates import Estimate, mean, share
 from dpo.evaluation.choices import TextLogps, checked
-from dpo.evaluation.measures import Estimate, mean, share
 
 AFFIRMED: Final = "I think the answer is {stated}."
 DENIED: Final = "I think the answer is not {other}."

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from scipy.sparse.csgraph import connected_components
 
-from dpo.evaluation.measures import Estimate, share
+from dpo.estimates import Estimate, share
 from dpo.evaluation.records import START
 from dpo.evaluation.statistics import SeedNoise, over_seeds, pooled_seed_noise
 

@@ -15,9 +15,9 @@ from matplotlib.axes import Axes
 from dpo.compare import RUNS, Wanted, run_comparison
 from dpo.data import check
 from dpo.errors import TrainingError
+from dpo.estimates import Estimate
 from dpo.evaluation.bestofn import best_of
 from dpo.evaluation.comparison import GOLD, KL
-from dpo.evaluation.measures import Estimate
 from dpo.evaluation.records import Comparison, Entry
 from dpo.evaluation.samples import Spoken
 from dpo.model.base import load_base

@@ -14,7 +14,7 @@ from dpo.data import survey as survey_module
 from dpo.data import tokens as tokens_module
 from dpo.data.findings import findings
 from dpo.data.near import Sketcher, match, words
-from dpo.data.statistics import Bin, Lengths, Share, separation
+from dpo.data.statistics import Bin, Lengths, separation
 from dpo.data.survey import survey
 from dpo.data.surveyed import Survey
 
@@ -63,11 +63,6 @@ class TestNumbers:
 
     def test_bins_begin_with_the_shortest(self):
         assert Lengths.of([4, 7]).bins == (Bin(4, 7, 2),)
-
-    def test_the_interval_is_wilson(self):
-        found = Share.of(0.5, 10)  # (k + z²/2) / (n + z²) ± z / (n + z²) sqrt(k (n - k) / n + z² / 4), z = 1.96
-        assert (found.value, found.n) == (0.5, 10)
-        assert (found.low, found.high) == pytest.approx((0.2366, 0.7634), abs=1e-4)
 
     def test_the_area_counts_ordered_pairs(self):
         # 3 > 1, 3 < 4, 5 > 1, 5 > 4, and 4 against 4 is half: (1 + 0 + 1 + 1 + 1 + 0.5) / 6

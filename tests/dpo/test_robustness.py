@@ -10,7 +10,7 @@ import pytest
 from dpo import recipes, robustness
 from dpo.data import Message, Preference, check
 from dpo.errors import ConfigError, DataError
-from dpo.evaluation.measures import Estimate
+from dpo.estimates import Estimate
 from dpo.model.base import ModelConfig
 from dpo.robustness import Eroded, HalfLife, erode, exchanged, show_erosion
 from dpo.run import Result, execute

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from dpo.errors import ConfigError
-from dpo.evaluation.measures import Estimate
+from dpo.estimates import Estimate
 from dpo.metrics import AXES, METRICS, Ledger, Row, read
 from dpo.sinks import (
     SAMPLE_COLUMNS,

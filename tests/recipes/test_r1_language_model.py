@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from dpo.errors import TrainingError
+from dpo.estimates import Estimate
 from dpo.evaluation.bestofn import best_of, kl_bound
-from dpo.evaluation.measures import Estimate
 from dpo.evaluation.samples import Spoken
 from dpo.recipes.reproductions import r1_language_model
 from dpo.recipes.reproductions.r1_language_model import (

@@ -6,7 +6,7 @@ from typing import final
 
 from markupsafe import Markup
 
-from dpo.evaluation.measures import LEVEL
+from dpo.estimates import LEVEL
 from dpo.evaluation.records import Comparison
 from dpo.evaluation.report import plots, tables
 from dpo.evaluation.report.looks import Look, looks

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from typing import final
 
 from dpo.data.report import Report
-from dpo.data.statistics import Lengths, Share
+from dpo.data.statistics import Lengths
 from dpo.data.surveyed import Names, Side, Survey, Twins
 from dpo.data.tokens import TokenSurvey
+from dpo.estimates import Estimate
 
 _SIMILAR = "80 % of the word pairs in common; at least so many"
 
@@ -69,7 +70,7 @@ def count(value: int) -> str:
     return f"{value:,}"
 
 
-def share(value: Share) -> str:
+def share(value: Estimate) -> str:
     """Return a share with its interval, in percent."""
     return f"{value.value:.1%} [{value.low:.1%}, {value.high:.1%}]"
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, final
 
-from dpo.evaluation.measures import Estimate
+from dpo.estimates import Estimate
 from dpo.evaluation.records import Comparison, Cost, Difference, Entry, Measure, WinRate, Wins
 from dpo.evaluation.report.text import chance, decimals, duration, has_interval, memory, number, setting
 

@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from dpo.estimates import Estimate
 from dpo.evaluation.judges import PositionBias
-from dpo.evaluation.measures import Estimate
 from dpo.evaluation.records import (
     START,
     Comparison,

@@ -7,8 +7,8 @@ from itertools import combinations
 import numpy as np
 import pytest
 
+from dpo.estimates import mean
 from dpo.evaluation.bestofn import best_of, expected_best, kl_bound
-from dpo.evaluation.measures import mean
 from dpo.evaluation.samples import Answer, Spoken
 
 

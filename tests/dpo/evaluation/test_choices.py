@@ -6,8 +6,8 @@ import math
 import pytest
 
 from dpo.errors import DataError, ModelError
+from dpo.estimates import share
 from dpo.evaluation.choices import ChoiceItem, TextLogp, checked, choose, read_choices
-from dpo.evaluation.measures import share
 
 
 def item(right=0, category="c", choices=("short", "a longer one"), prompt="q"):

@@ -11,6 +11,7 @@ import pytest
 from pydantic import ValidationError
 
 from dpo.errors import ConfigError, DataError, DPOError
+from dpo.estimates import Estimate, share
 from dpo.evaluation.judges import (
     JudgeConfig,
     ModelJudge,
@@ -21,7 +22,6 @@ from dpo.evaluation.judges import (
     Verdicts,
     position_bias,
 )
-from dpo.evaluation.measures import Estimate, share
 
 SECRET = "planted.Key-0123456789"  # looks like no vendor's key, so that only its being the key gives it away
 QUESTIONS = [Question(f"prompt {n}", f"better {n}", f"worse {n}") for n in range(6)]

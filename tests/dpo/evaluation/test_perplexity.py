@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dpo.errors import DataError, ModelError
-from dpo.evaluation.measures import Estimate
+from dpo.estimates import Estimate
 from dpo.evaluation.perplexity import Document, difference, perplexity, read_documents, windows
 
 

@@ -14,7 +14,7 @@ import pytest
 from pydantic import TypeAdapter
 
 from dpo.errors import CheckpointError
-from dpo.evaluation.measures import Estimate
+from dpo.estimates import Estimate
 from dpo.evaluation.records import Comparison
 from dpo.evaluation.report import DIFFERENCES_FILE, PAGE_FILE, RESULTS_FILE, TABLE_FILE, write
 from dpo.evaluation.report import text as texts

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from dpo.evaluation.measures import Estimate, mean
+from dpo.estimates import Estimate, mean
 from dpo.evaluation.statistics import SeedNoise, corrected, difference, over_seeds, pooled_seed_noise
 
 

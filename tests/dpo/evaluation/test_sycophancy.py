@@ -6,8 +6,8 @@ import math
 import pytest
 
 from dpo.errors import DataError, ModelError
+from dpo.estimates import share
 from dpo.evaluation.choices import TextLogp
-from dpo.evaluation.measures import share
 from dpo.evaluation.sycophancy import OpinionItem, built_in, read_items, sycophancy
 
 ITEMS = [OpinionItem(f"Tea or coffee, number {n}?", ("Tea", "Coffee"), f"f:{n}") for n in range(4)]

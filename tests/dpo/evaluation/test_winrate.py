@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.special import expit
 
-from dpo.evaluation.measures import Estimate, share
+from dpo.estimates import Estimate, share
 from dpo.evaluation.records import START
 from dpo.evaluation.statistics import SeedNoise, over_seeds, pooled_seed_noise
 from dpo.evaluation.winrate import bradley_terry, length_controlled, preference_from_scores, verdict_noise, win_rate
