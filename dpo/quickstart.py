@@ -6,8 +6,7 @@ from the model itself, preferences given by a known gold reward, so that the TRU
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
-from importlib.resources import as_file, files
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,12 @@ from rich.table import Table
 
 from dpo.checkpoint import atomic_write_text
 from dpo.data import DataConfig, check
+from dpo.embedded import PAIRS, RATES, embedded
 from dpo.estimates import Estimate, mean
 from dpo.evaluation.samples import Spoken
 from dpo.model.base import load_base
 from dpo.run import Result, Run, execute, measure_start
-from dpo.settings import STAGE, learned_reward
+from dpo.settings import STAGE, learned_reward, merged
 
 SAMPLES_SHOWN = 3
 
@@ -58,43 +58,35 @@ class Entry:
     """One objective of the comparison. Settings tried and what came of them: docs/experiments.md."""
 
     objective: Mapping[str, Any]
-    learning_rate: float
     batch_size: int
     """Examples a step: 8 pairs, or their 16 completions judged one by one."""
 
 
 ENTRIES: Mapping[str, Entry] = {
-    "dpo": Entry({"name": "dpo", "beta": 0.1}, learning_rate=5e-4, batch_size=8),
-    "ipo": Entry({"name": "ipo", "tau": 0.5, "reduction": "mean"}, learning_rate=5e-4, batch_size=8),
-    "kto": Entry({"name": "kto", "beta": 0.1}, learning_rate=2.5e-4, batch_size=16),
+    "dpo": Entry({"name": "dpo", "beta": 0.1}, batch_size=8),
+    "ipo": Entry({"name": "ipo", "tau": 0.5, "reduction": "mean"}, batch_size=8),
+    "kto": Entry({"name": "kto", "beta": 0.1}, batch_size=16),
 }
 
-
-REWARD = Entry({"name": "bradleyterry"}, learning_rate=5e-4, batch_size=8)
-PPO = Entry({"name": "ppo", "kl_coefficient": 0.02}, learning_rate=3e-4, batch_size=16)
+REWARD = Entry({"name": "bradleyterry"}, batch_size=8)
+PPO = Entry({"name": "ppo", "kl_coefficient": 0.02}, batch_size=16)
 """The two stages of reward_ppo."""
 
 
-def runs(size: Size, pairs: Path, prompts: Path, output: Path) -> dict[str, tuple[Run, ...]]:
+def runs(size: Size, task: Mapping[str, Any], output: Path) -> dict[str, tuple[Run, ...]]:
     """Return the stages of what is compared: one start, one split; the offline ones read the same completions."""
+    asked = {"max_prompts": size.prompts, "samples_per_prompt": size.samples_per_prompt}
+    task = merged(task, {"data": {"eval_share": size.eval_share}, "evaluation": asked})
 
-    def run(name: str, folder: str, entry: Entry, steps: int, **more: Any) -> Run:
+    def run(name: str, folder: str, entry: Entry, steps: int, rate: float = 1.0, **more: Any) -> Run:
         loop = {"max_steps": steps, "per_device_train_batch_size": entry.batch_size, "gradient_accumulation_steps": 1}
         return Run.of(
             {
+                **task,
                 "name": name,
-                "data": {"train": str(pairs), "eval_share": size.eval_share, "max_length": 192},
                 "objective": entry.objective,
-                "optimiser": {"learning_rate": entry.learning_rate, "lr_scheduler_type": "linear"},
+                "optimiser": {"learning_rate": rate * RATES[entry.objective["name"]], "lr_scheduler_type": "linear"},
                 "loop": {**loop, "num_train_epochs": 1000},  # never the limit: max_steps is
-                "evaluation": {
-                    "gold": "dpo.data.gold:sentiment",
-                    "prompts": str(prompts),
-                    "max_prompts": size.prompts,
-                    "samples_per_prompt": size.samples_per_prompt,
-                    "max_new_tokens": 40,
-                    "seed": 1,
-                },
                 "output": {"dir": str(output / folder)},
                 **more,
             },
@@ -102,8 +94,7 @@ def runs(size: Size, pairs: Path, prompts: Path, output: Path) -> dict[str, tupl
         )
 
     planned: dict[str, tuple[Run, ...]] = {
-        name: (run(name, name, replace(one, learning_rate=size.rate * one.learning_rate), size.steps),)
-        for name, one in ENTRIES.items()
+        name: (run(name, name, entry, size.steps, size.rate),) for name, entry in ENTRIES.items()
     }
     rollout = {
         "rewards": [learned_reward().model_dump(mode="json")],
@@ -127,11 +118,10 @@ def quickstart(fast: bool, output: Path) -> dict[str, Result]:
     """
     console = Console()
     size = FAST if fast else FULL
-    folder = files("dpo.data") / "sentiment"
-    with as_file(folder / "pairs.jsonl") as pairs, as_file(folder / "eval_prompts.txt") as prompts:
-        planned = runs(size, pairs, prompts, output)
+    with embedded() as task:
+        planned = runs(size, task, output)
         console.print(
-            f"Controlled sentiment: SmolLM2-135M-Instruct learns to answer positively from {pairs.name}; "
+            f"Controlled sentiment: SmolLM2-135M-Instruct learns to answer positively from {PAIRS}; "
             f"{', '.join(planned)} start from one model: {size.steps} optimiser steps each, and for reward_ppo "
             f"{size.reward_steps} of the reward model and {size.rollouts} rollouts of {PROMPTS_PER_ROLLOUT} answers."
         )

@@ -74,7 +74,9 @@ def lasting(folder: Path) -> dict[str, Any]:
 
 
 def test_every_entry_and_seed_is_trained_under_one_budget(go: Compare) -> None:
-    found = go("dpo", "kto", seeds=2)
+    found = go("dpo", "kto", seeds=2, settings=["kto.objective.beta=0.2"])
+    assert found.facts["of one entry alone"] == "kto: objective.beta=0.2"
+    assert [one.settings["objective.beta"] for one in found.entries] == [0.1, 0.2]
     assert {file.name for file in Path("out").iterdir()} - {".lock"} == LEFT
     assert {one.name for one in Path("out/runs").iterdir()} == {"dpo-seed0", "dpo-seed1", "kto-seed0", "kto-seed1"}
     assert [one.name for one in found.entries] == ["dpo", "kto"]
@@ -210,6 +212,8 @@ def test_data_that_has_changed_is_refused(go: Compare) -> None:
         ((), {}, r"--objectives: got none"),
         (("dpo", "ipo"), {"settings": ["objective.beta=0.1"]}, r"IPO has no such hyper-parameter"),
         (("dpo",), {"settings": ["data.train=nowhere.jsonl"]}, r"nowhere\.jsonl"),
+        (("dpo",), {"settings": ["evaluation.reward_model=nowhere"]}, r"evaluation\.reward_model"),
+        (("dpo",), {"settings": ["evaluation.harness=nowhere.yaml"]}, r"evaluation\.harness: there is no file"),
     ],
 )
 def test_what_is_wrong_is_said_before_anything_is_written(

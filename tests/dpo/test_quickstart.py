@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from dpo import quickstart
+from dpo.embedded import embedded
 from dpo.evaluation.samples import Answer, Spoken
 from dpo.model.base import ModelConfig
 from dpo.quickstart import ENTRIES, FAST, FULL, Size, gain, runs
@@ -41,7 +42,8 @@ def test_the_gain_is_taken_prompt_by_prompt() -> None:
 
 @pytest.mark.parametrize("size", [FULL, FAST])
 def test_the_runs_differ_in_the_objective_alone(size: Size) -> None:
-    planned = runs(size, Path("pairs.jsonl"), Path("prompts.txt"), Path("out"))
+    with embedded() as task:
+        planned = runs(size, task, Path("out"))
     assert list(planned) == [*ENTRIES, "reward_ppo"]
     offline = [run for name in ENTRIES for run in planned[name]]
     every = [run for stages in planned.values() for run in stages]
