@@ -1,18 +1,20 @@
-"""Measures that need no samples: multiple choice, sycophancy, and how well plain text is still predicted."""
+"""Probes: multiple choice, sycophancy, how well plain text is still predicted, and tasks of lm-eval."""
 
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import final
+from typing import Annotated, final
+
+from pydantic import Field
 
 from dpo.checkpoint import atomic_write_text
 from dpo.data import Message, Renderer
-from dpo.errors import CheckpointError
 from dpo.estimates import Estimate, mean
 from dpo.evaluation.choices import TextLogp, choose, read_choices
-from dpo.evaluation.measures import REMEDY
+from dpo.evaluation.harness import check_tasks, score_items
 from dpo.evaluation.perplexity import Window, perplexity, read_documents
+from dpo.evaluation.rows import read_whole
 from dpo.evaluation.sycophancy import built_in, read_items, sycophancy
 from dpo.model.base import LanguageModel, Role
 from dpo.model.views import all_sums
@@ -20,7 +22,54 @@ from dpo.model.views import all_sums
 BUILT_IN = "built-in"
 """In place of a file: the questions that come with the package."""
 
-CHOICES, FLIPS, SHIFT, TEXT = "eval/choices", "eval/sycophancy/flips", "eval/sycophancy/shift", "eval/text_nats"
+CHOICES, FLIPS, SHIFT, TEXT, HARNESS = (
+    "eval/choices",
+    "eval/sycophancy/flips",
+    "eval/sycophancy/shift",
+    "eval/text_nats",
+    "eval/harness",
+)
+
+
+@final
+@dataclass(frozen=True)
+class Probes:
+    """What is to be probed."""
+
+    choices: str | None = None
+    """A multiple-choice file or folder (`dpo.evaluation.choices`)."""
+    opinions: str | None = None
+    """Questions with a user's opinion (`dpo.evaluation.sycophancy`), or "built-in"."""
+    text: str | None = None
+    """Documents of plain text (`dpo.evaluation.perplexity`)."""
+    tasks: tuple[str, ...] = ()
+    """Of lm-eval (`dpo.evaluation.harness`)."""
+    task_limit: int | None = None
+    """Items of each task (None: all)."""
+
+    @property
+    def any(self) -> bool:
+        """Whether anything is."""
+        return bool(self.tasks) or any(one is not None for one in (self.choices, self.opinions, self.text))
+
+    def check(self) -> None:
+        """Read what the probes need, so that a fault is found before a model is trained.
+
+        Raises:
+            DataError: a file is absent or holds a row of another form; names it.
+            ConfigError: lm-eval is not installed, or has no such task.
+        """
+        if self.choices is not None:
+            read_choices(self.choices)
+        if self.opinions not in (None, BUILT_IN):
+            read_items(str(self.opinions))
+        if self.text is not None:
+            read_documents(self.text)
+        check_tasks(self.tasks)
+
+
+Units = Annotated[dict[str, float], Field(min_length=1)]
+"""The value of every unit that a measure is over."""
 
 
 @final
@@ -46,36 +95,14 @@ class Probed:
         Raises:
             CheckpointError: the file is damaged.
         """
-        try:
-            values = json.loads(file.read_text(encoding="utf-8"))
-            return cls({str(name): {u: float(v) for u, v in units.items()} for name, units in values.items()})
-        except (ValueError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{file}: is damaged ({error}). {REMEDY}") from error
+        return cls(read_whole(file, dict[str, Units], "the value of every unit by measure"))
 
 
-def check_probes(choices: str | None, opinions: str | None, text: str | None) -> None:
-    """Read what the probes need, so that a fault is found before a model is trained.
-
-    Raises:
-        DataError: a file is absent or holds a row of another form; names it.
-    """
-    if choices is not None:
-        read_choices(choices)
-    if opinions not in (None, BUILT_IN):
-        read_items(str(opinions))
-    if text is not None:
-        read_documents(text)
-
-
-def probe(model: LanguageModel, role: Role, *, choices: str | None, opinions: str | None, text: str | None) -> Probed:
+def probe(model: LanguageModel, role: Role, asked: Probes) -> Probed:
     """Measure `role` by the probes that are asked for.
 
-    Args:
-        model: the model and its roles.
-        role: who answers.
-        choices: a multiple-choice file or folder (`dpo.evaluation.choices`).
-        opinions: questions with a user's opinion (`dpo.evaluation.sycophancy`), or "built-in".
-        text: documents of plain text (`dpo.evaluation.perplexity`).
+    Raises:
+        DataError: a task of lm-eval cannot be carried out.
     """
     renderer = Renderer(model.tokenizer, max_length=10**6)
 
@@ -92,16 +119,19 @@ def probe(model: LanguageModel, role: Role, *, choices: str | None, opinions: st
         return model.tokenizer(document)["input_ids"]
 
     values: dict[str, dict[str, float]] = {}
-    if choices is not None:
-        items = read_choices(choices)
+    if asked.choices is not None:
+        items = read_choices(asked.choices)
         earned = choose(items, answered).per_token
         values[CHOICES] = {item.source: score for item, score in zip(items, earned, strict=True)}
-    if opinions is not None:
-        leanings = sycophancy(built_in() if opinions == BUILT_IN else read_items(opinions), answered).leanings
+    if asked.opinions is not None:
+        questions = built_in() if asked.opinions == BUILT_IN else read_items(asked.opinions)
+        leanings = sycophancy(questions, answered).leanings
         values[FLIPS] = {one.source: float(one.flipped) for one in leanings}
         values[SHIFT] = {one.source: one.shift for one in leanings}
-    if text is not None:
-        documents = read_documents(text)
+    if asked.text is not None:
+        documents = read_documents(asked.text)
         readings = perplexity(documents, encode, read_on).readings
         values[TEXT] = {d.source: one.nats / one.tokens for d, one in zip(documents, readings, strict=True)}
+    if asked.tasks:
+        values[HARNESS] = score_items(model, role, asked.tasks, asked.task_limit)
     return Probed(values)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dpo.errors import CheckpointError, DataError
-from dpo.evaluation.probes import CHOICES, FLIPS, SHIFT, TEXT, Probed, check_probes, probe
+from dpo.evaluation.probes import CHOICES, FLIPS, SHIFT, TEXT, Probed, Probes, probe
 
 
 @pytest.fixture
@@ -28,14 +28,14 @@ def files(tmp_path: Path, write_rows) -> dict[str, str]:
 
 
 def test_each_probe_has_a_value_for_every_unit(model, files):
-    found = probe(model, "policy", **files)
+    found = probe(model, "policy", Probes(**files))
     assert {name: len(units) for name, units in found.values.items()} == {CHOICES: 2, FLIPS: 24, SHIFT: 24, TEXT: 2}
     assert all(0 <= value <= 1 for value in found.values[CHOICES].values())
     assert {name: one.n for name, one in found.estimates().items()} == {CHOICES: 2, FLIPS: 24, SHIFT: 24, TEXT: 2}
 
 
 def test_text_is_scored_as_full_logits_do(model, files, naive):
-    found = probe(model, "policy", choices=None, opinions=None, text=files["text"])
+    found = probe(model, "policy", Probes(text=files["text"]))
     with model.reading("policy") as network:
         for value, row in zip(found.values[TEXT].values(), Path(files["text"]).read_text().splitlines(), strict=True):
             ids = tuple(model.tokenizer(json.loads(row)["text"])["input_ids"])
@@ -44,13 +44,13 @@ def test_text_is_scored_as_full_logits_do(model, files, naive):
 
 
 def test_the_role_that_answers_is_the_one_asked(model, files):
-    policy, reference = (probe(model, role, **files) for role in ("policy", "reference"))
+    policy, reference = (probe(model, role, Probes(**files)) for role in ("policy", "reference"))
     assert policy.values[TEXT] != reference.values[TEXT]
     assert policy.values[SHIFT] != reference.values[SHIFT]
 
 
 def test_only_what_is_asked_for_is_measured(model, files):
-    assert set(probe(model, "policy", choices=files["choices"], opinions=None, text=None).values) == {CHOICES}
+    assert set(probe(model, "policy", Probes(choices=files["choices"])).values) == {CHOICES}
 
 
 def test_what_is_written_is_read_back_and_damage_is_named(tmp_path: Path):
@@ -63,9 +63,9 @@ def test_what_is_written_is_read_back_and_damage_is_named(tmp_path: Path):
 
 
 def test_faulty_files_are_found_before_a_model_is_loaded(tmp_path: Path, write_rows):
-    check_probes(None, "built-in", None)
+    Probes(opinions="built-in").check()
     file = write_rows([{"prompt": "a", "choices": ["same", "same"], "label": 0}], "choices.jsonl")
     with pytest.raises(DataError, match=r"choices\.jsonl"):
-        check_probes(file, None, None)
+        Probes(choices=file).check()
     with pytest.raises(DataError, match="nowhere"):
-        check_probes(None, None, str(tmp_path / "nowhere.jsonl"))
+        Probes(text=str(tmp_path / "nowhere.jsonl")).check()
