@@ -11,11 +11,21 @@ from dpo import checkpoint
 from dpo.data import check, held_out_pairs
 from dpo.errors import ConfigError
 from dpo.evaluation.achieved import Achieved
-from dpo.measure import achieved_by, all_measures, group_report, reward_report
-from dpo.model.base import LanguageModel, ScalarRole, check_adapter, load_base
+from dpo.measure import (
+    REWARD,
+    achieved_by,
+    all_measures,
+    check_reward_model,
+    frozen,
+    group_report,
+    proxy_of,
+    proxy_roles,
+    reward_report,
+)
+from dpo.model.base import LanguageModel, Role, ScalarRole, check_adapter, load_base
 from dpo.model.reference import ReferenceLogps
 from dpo.redact import redact
-from dpo.run import ADAPTER, REWARD, RUN_FILE, SUMMARY_FILE, Result, only_process, prepared_for, read_result
+from dpo.run import ADAPTER, RUN_FILE, SUMMARY_FILE, Result, only_process, prepared_for, read_result
 from dpo.settings import Run, merged, read_run
 from dpo.train import division, peak_memory, score
 
@@ -54,11 +64,13 @@ def evaluate_run(folder: Path, overrides: Mapping[str, Any]) -> Result:
     if other := sorted(set(overrides) - {"evaluation", "model", "loop"}):
         raise ConfigError(f"{other[0]}: evaluating cannot change it; evaluation.*, model.* and loop.* can be given.")
     (run,) = read_run(folder / RUN_FILE, overrides)
+    check_reward_model(run)
+    roles = _still_there(run)
     objective = run.objective.build()
     checked = check(run.data)
     base = load_base(run.model)
     prepared = prepared_for(run, objective, checked, base.tokenizer)
-    scalars = [ScalarRole(REWARD, None, True)] if run.trains_reward else []
+    scalars = [ScalarRole(REWARD, None, True)] if run.trains_reward else frozen(roles)
     model = LanguageModel.start(base, run.model, run.loop.seed, scalars=scalars, policy=not run.trains_reward)
     model.restore(folder / ADAPTER, model.trained[0])
     limits = division(run.loop, run.loop.per_device_eval_batch_size, base, objective)
@@ -67,7 +79,8 @@ def evaluate_run(folder: Path, overrides: Mapping[str, Any]) -> Result:
         record, _ = score(model, ReferenceLogps(model), objective, prepared.eval, limits, mean)
     achieved = Achieved()
     if not run.trains_reward:
-        achieved = achieved_by(run, model, checked, held_out_pairs(checked, base.tokenizer))
+        proxy = proxy_of(run, model) if roles else None
+        achieved = achieved_by(run, model, checked, held_out_pairs(checked, base.tokenizer), proxy=proxy)
     if trained["data_fingerprint"] != prepared.fingerprint:
         log.warning("%s has changed since the run was trained: its numbers are on other examples", run.data.train)
     measured = all_measures(objective, record, achieved)
@@ -75,6 +88,15 @@ def evaluate_run(folder: Path, overrides: Mapping[str, Any]) -> Result:
     summary = {**trained, "data_fingerprint": prepared.fingerprint, "measures": measured}
     _write(folder / EVALUATION, summary, achieved)
     return Result(run, folder, summary, achieved)
+
+
+def _still_there(run: Run) -> dict[Role, str]:
+    """Return the reward models that score the answers; none, and a warning, where the run's own are gone."""
+    roles = proxy_roles(run)
+    gone = [folder for folder in roles.values() if not Path(folder).is_dir()]
+    if gone:
+        log.warning("%s: the reward model that the run was trained on is gone, and does not score its answers", gone[0])
+    return {} if gone else roles
 
 
 def evaluate_model(what: str, overrides: Mapping[str, Any]) -> Result:
@@ -96,13 +118,15 @@ def evaluate_model(what: str, overrides: Mapping[str, Any]) -> Result:
     model_settings = {"name": name} if adapter is None else {"name": name, "adapter": what, "reference": "base"}
     given = merged({"name": "evaluation", "model": model_settings, "data": {"eval_share": 0}}, overrides)
     run = Run.of(given, place="command line")
+    check_reward_model(run)
     folder = Path(run.output.dir or Path("runs") / f"evaluation-{run.digest()[:8]}")
     checked = check(run.data)
     checked = replace(checked, eval=checked.eval or checked.train)  # nothing of it was trained on here
     base = load_base(run.model)
     pairs = held_out_pairs(checked, base.tokenizer) if adapter else ()
-    model = LanguageModel.start(base, run.model, run.loop.seed)
-    achieved = achieved_by(run, model, checked, pairs, role="policy" if adapter else "reference")
+    model = LanguageModel.start(base, run.model, run.loop.seed, scalars=frozen(proxy_roles(run)))
+    role: Role = "policy" if adapter else "reference"
+    achieved = achieved_by(run, model, checked, pairs, role, proxy_of(run, model))
     summary = {
         "model": name,
         "adapter": None if adapter is None else what,

@@ -5,7 +5,7 @@ the second source of noise (`dpo.evaluation.statistics`).
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations
 from typing import Any, final
@@ -16,7 +16,8 @@ from dpo.estimates import LEVEL, Estimate
 from dpo.evaluation.achieved import Achieved
 from dpo.evaluation.diversity import distinct_n, self_bleu
 from dpo.evaluation.judges import Judge, Question, Verdict, position_bias
-from dpo.evaluation.probes import CHOICES, FLIPS, SHIFT, TEXT
+from dpo.evaluation.overoptimisation import overoptimised, past_best
+from dpo.evaluation.probes import CHOICES, FLIPS, HARNESS, SHIFT, TEXT
 from dpo.evaluation.records import (
     START,
     Comparison,
@@ -35,8 +36,9 @@ from dpo.evaluation.statistics import SeedNoise, corrected, difference, over_see
 from dpo.evaluation.winrate import bradley_terry, length_controlled, preference_from_scores, verdict_noise, win_rate
 from dpo.metrics import METRICS
 
-GOLD, ACCURACY, MARGIN, KL, LENGTH = (
+GOLD, PROXY, ACCURACY, MARGIN, KL, LENGTH = (
     "eval/gold_reward",
+    "eval/proxy_reward",
     "eval/pair/accuracy",
     "eval/pair/margin",
     "kl/policy_reference",
@@ -46,6 +48,7 @@ DISTINCT, SELF_BLEU = "eval/distinct_2", "eval/self_bleu"
 
 TITLES: Mapping[str, str] = {
     GOLD: "gold reward",
+    PROXY: "reward model",
     ACCURACY: "pair accuracy",
     MARGIN: "pair margin",
     KL: "KL to start",
@@ -56,11 +59,25 @@ TITLES: Mapping[str, str] = {
     FLIPS: "sycophantic flips",
     SHIFT: "sycophantic shift",
     TEXT: "plain text",
+    HARNESS: "lm-eval",
 }
 """The measures of a comparison, in the order of its table."""
 
 BY_GOLD = "gold reward"
 """Name of the judge that the gold reward is."""
+
+BY_PROXY = "reward model"
+"""Likewise, where one reward model scored all answers."""
+
+OWN_PROXY = Measure(
+    PROXY,
+    "own reward model",
+    "own scale",
+    "Mean over the prompts of what the reward model that an entry was trained on says of its answers. Each entry has "
+    "its own, on a scale of its own: nothing is compared between them.",
+    None,
+)
+"""What the reward model's measure is where there is not one for all."""
 
 PER_RUN = (DISTINCT, SELF_BLEU)
 """Measures of all of a run's answers together: one number a run, with seeds as the only units."""
@@ -108,36 +125,78 @@ def compare(asked: Asked, runs: Sequence[Trained], judges: Sequence[Judge] = ())
     """
     of = {name: {run.seed: run for run in runs if run.entry == name} for name in asked.entries}
     present = [name for name in asked.entries if of[name]]
+    own_proxies = not _one_proxy([asked.start, *(run.achieved for run in runs)])
     values = {name: _values(name, present, of, asked.start) for name in TITLES}
+    if own_proxies:
+        values[PROXY].pop(START, None)  # on whichever scale it is, it is not that of all
     measures = tuple(
-        Measure(name, title, METRICS[name].unit, METRICS[name].estimator, METRICS[name].better)
+        OWN_PROXY
+        if name == PROXY and own_proxies
+        else Measure(name, title, METRICS[name].unit, METRICS[name].estimator, METRICS[name].better)
         for name, title in TITLES.items()
         if any(np.isfinite(one).any() for one in _trained(values[name]).values())
     )
-    noise = {one.name: pooled_seed_noise(_trained(values[one.name])) for one in measures}
-    differences = tuple(d for one in measures for d in _differences(one.name, values[one.name], noise[one.name]))
-    wins, unjudged = _wins(asked, of, present, judges)
+    compared = [one for one in measures if one is not OWN_PROXY]
+    noise = {one.name: pooled_seed_noise(_trained(values[one.name])) for one in compared}
+    differences = tuple(d for one in compared for d in _differences(one.name, values[one.name], noise[one.name]))
+    wins, unjudged = _wins(asked, of, present, judges, own_proxies)
+    gained = _own_gains(of) if own_proxies else differences
     names = [one.name for one in measures]
     primary = next((name for name in (GOLD, ACCURACY) if name in names), "")
     shared, own = _settings(of)
     entries = tuple(_entry(name, asked, of[name], measures, values, noise, own.get(name, {})) for name in asked.entries)
+    start = _start(measures, values)
     missing = [f"{name}, seed {seed}" for name in asked.entries for seed in asked.seeds if seed not in of[name]]
     return Comparison(
         title=asked.title,
         facts=asked.facts,
-        verdicts=tuple(_verdicts(primary, present, differences, wins)),
+        verdicts=(
+            *_verdicts(primary, present, differences),
+            *overoptimised(_against_start(PROXY, gained), _against_start(GOLD, differences)),
+            *(line for one in entries for line in past_best(one, start)),
+            *_judged(wins),
+            *_lengthy(wins),
+        ),
         warnings=(*_warnings(of, missing, unjudged, measures, values), *_biased(wins), *asked.warnings),
         partial=bool(missing) or unjudged > 0,
         primary=primary,
         measures=measures,
-        start=_start(measures, values),
+        start=start,
         entries=entries,
         differences=differences,
         wins=wins,
         samples=_side_by_side(asked, of, present),
         settings=shared,
         groups=_groups(of, present, measures, asked.start),
+        own_proxies=OWN_PROXY in measures,
     )
+
+
+def _one_proxy(everyone: Sequence[Achieved]) -> bool:
+    """Tell whether one and the same reward model scored all answers, those of the start included."""
+    scored_by = {one.spoken.proxy_by for one in everyone if one.spoken is not None}
+    return len(scored_by) == 1 and "" not in scored_by
+
+
+def _against_start(measure: str, differences: Sequence[Difference]) -> list[Difference]:
+    return [one for one in differences if one.measure == measure and one.second == START]
+
+
+def _own_gains(of: Mapping[str, Mapping[int, Trained]]) -> list[Difference]:
+    """Return how far each entry raised its own reward model above what that says of the reference's answers."""
+    gains: dict[str, list[Mapping[str, float]]] = {}
+    for name, runs in of.items():
+        for spoken in (run.achieved.spoken for run in runs.values()):
+            if spoken is not None and spoken.proxy is not None and spoken.reference_proxy:
+                both = zip(_units(spoken), spoken.proxy, spoken.reference_proxy, strict=True)
+                gains.setdefault(name, []).append({unit: after - before for unit, after, before in both})
+    found = []
+    for name, rows in gains.items():
+        values = _table_of(rows, _all_units([rows]))
+        if _comparable(values, values):
+            noise = pooled_seed_noise({name: values})  # other entries' are on other scales
+            found.append((name, START, *difference(values, np.zeros_like(values), noise, against_start=True)))
+    return _tested(PROXY, found)
 
 
 def _groups(
@@ -156,10 +215,11 @@ def _groups(
         }
         for measure in measures:
             values = _values(measure.name, present, own, at_start.get(group, Achieved()))
-            noise = pooled_seed_noise(_trained(values))
+            noise = None if measure is OWN_PROXY else pooled_seed_noise(_trained(values))
             for name, one in values.items():
                 if np.isfinite(one).any():
-                    estimate = over_seeds(one, None if name == START else noise)
+                    own_noise = pooled_seed_noise({name: one}) if measure is OWN_PROXY else noise
+                    estimate = over_seeds(one, None if name == START else own_noise)
                     found.setdefault(group, {}).setdefault(name, {})[measure.name] = estimate
     return found
 
@@ -173,16 +233,18 @@ def _values(
     }
     if measure != KL and (at_start := _of_run(measure, start)):  # the start has not moved from itself
         found[START] = [at_start]
-    units = list(dict.fromkeys(unit for rows in found.values() for row in rows for unit in row))
-    return {
-        name: _finite(np.array([[row.get(unit, np.nan) for unit in units] for row in rows], dtype=float), len(rows))
-        for name, rows in found.items()
-    }
+    units = _all_units(found.values())
+    return {name: _table_of(rows, units) for name, rows in found.items()}
 
 
-def _finite(values: np.ndarray[Any, Any], runs: int) -> np.ndarray[Any, Any]:
+def _all_units(tables: Iterable[Sequence[Mapping[str, float]]]) -> list[str]:
+    return list(dict.fromkeys(unit for rows in tables for row in rows for unit in row))
+
+
+def _table_of(rows: Sequence[Mapping[str, float]], units: Sequence[str]) -> np.ndarray[Any, Any]:
     """Return (runs, units) with what is not finite counted as missing."""
-    return np.where(np.isfinite(values), values, np.nan).reshape(runs, -1)
+    values = np.array([[row.get(unit, np.nan) for unit in units] for row in rows], dtype=float)
+    return np.where(np.isfinite(values), values, np.nan).reshape(len(rows), -1)
 
 
 def _of_run(measure: str, achieved: Achieved) -> Mapping[str, float]:
@@ -190,7 +252,7 @@ def _of_run(measure: str, achieved: Achieved) -> Mapping[str, float]:
     held, spoken, probed = achieved.held_out, achieved.spoken, achieved.probed
     if measure in (ACCURACY, MARGIN):
         return {} if held is None else held.by_prompt()[measure]
-    if measure in (CHOICES, FLIPS, SHIFT, TEXT):
+    if measure in (CHOICES, FLIPS, SHIFT, TEXT, HARNESS):
         return {} if probed is None else probed.values.get(measure, {})
     if spoken is None:
         return {}
@@ -199,7 +261,7 @@ def _of_run(measure: str, achieved: Achieved) -> Mapping[str, float]:
         if len(texts) < 2:  # one answer has nothing to differ from
             return {}
         return {"run": distinct_n(texts, 2) if measure == DISTINCT else self_bleu(texts)}
-    by_prompt = {GOLD: spoken.gold, KL: spoken.kl, LENGTH: spoken.length}[measure]
+    by_prompt = {GOLD: spoken.gold, PROXY: spoken.proxy, KL: spoken.kl, LENGTH: spoken.length}[measure]
     return {} if by_prompt is None else dict(zip(_units(spoken), by_prompt, strict=True))
 
 
@@ -220,6 +282,11 @@ def _differences(measure: str, values: Values, noise: SeedNoise | None) -> list[
         (first, second, *difference(values[first], values[second], noise, against_start=second == START))
         for first, second in pairs
     ]
+    return _tested(measure, found)
+
+
+def _tested(measure: str, found: Sequence[tuple[str, str, Estimate, float]]) -> list[Difference]:
+    """Correct the p-values of all that is asked about in a measure."""
     adjusted = corrected([p for *_, p in found])
     return [
         Difference(measure, first, second, estimate, p, after, after < 1 - LEVEL)
@@ -260,7 +327,10 @@ def _entry(
         summary=asked.entries[name],
         seeds=tuple(runs),
         failed={seed: message for (entry, seed), message in asked.failed.items() if entry == name},
-        measures={measure: over_seeds(one, noise[measure]) for measure, one in known.items()},
+        measures={
+            measure: over_seeds(one, noise[measure] if measure in noise else pooled_seed_noise({name: one}))
+            for measure, one in known.items()
+        },
         by_seed={
             measure: {
                 seed: float(np.nanmean(row)) for seed, row in zip(runs, one, strict=True) if np.isfinite(row).any()
@@ -316,23 +386,37 @@ def _mean_cost(costs: Sequence[Cost]) -> Cost:
 
 
 def _path(run: Trained, start: Spoken | None) -> tuple[Point, ...]:
-    """Return where the run stood at the start, on the way, and at its end, by gold reward and KL."""
-    points = []
+    """Return where the run stood at the start, on the way, and at its end, by KL, gold reward and reward model."""
+    points, end = [], run.achieved.spoken
     if start is not None and start.gold is not None:
-        points.append(Point(0, 0.0, float(np.mean(start.gold))))
+        before = end.reference_proxy if end is not None and end.reference_proxy else start.proxy
+        points.append(Point(0, 0.0, float(np.mean(start.gold)), _mean(before)))
     on_the_way = (row for row in run.rows if row["kind"] == "eval" and GOLD in row and KL in row)
-    points += [Point(int(row["step"]), float(row[KL]), float(row[GOLD])) for row in on_the_way]
-    end = run.achieved.spoken
+    points += [
+        Point(int(row["step"]), float(row[KL]), float(row[GOLD]), float(row[PROXY]) if PROXY in row else None)
+        for row in on_the_way
+    ]
     if end is not None and end.gold is not None:
         step = int(run.rows[-1]["step"]) if run.rows else 0
-        points.append(Point(step, float(np.mean(end.kl)), float(np.mean(end.gold))))
+        points.append(Point(step, float(np.mean(end.kl)), float(np.mean(end.gold)), _mean(end.proxy)))
     return tuple(points) if len(points) > 1 else ()
 
 
+def _mean(values: Sequence[float] | None) -> float | None:
+    return None if values is None else float(np.mean(values))
+
+
 def _wins(
-    asked: Asked, of: Mapping[str, Mapping[int, Trained]], present: Sequence[str], judges: Sequence[Judge]
+    asked: Asked,
+    of: Mapping[str, Mapping[int, Trained]],
+    present: Sequence[str],
+    judges: Sequence[Judge],
+    own_proxies: bool,
 ) -> tuple[tuple[Wins, ...], int]:
-    """Return the win rates by the gold reward, where there is one, and by every judge; and the verdicts missing."""
+    """Return the win rates by the gold reward, by one reward model of all and by every judge; and the verdicts missing.
+
+    The first two where there are such.
+    """
     said: dict[str, dict[int, Spoken]] = {
         name: {seed: spoken for seed, run in of[name].items() if (spoken := run.achieved.spoken) is not None}
         for name in present
@@ -343,7 +427,9 @@ def _wins(
     met = {pair: both for pair, both in met.items() if both}
     found: list[tuple[Wins, int]] = []
     if met and all(one.gold is not None for runs in said.values() for one in runs.values()):
-        found.append(_counted(BY_GOLD, met, _by_gold, ()))
+        found.append(_counted(BY_GOLD, met, _by_scores(lambda one: one.gold), ()))
+    if met and not own_proxies:
+        found.append(_counted(BY_PROXY, met, _by_scores(lambda one: one.proxy), ()))
     for judge in judges:
         verdicts: list[Verdict] = []
         found.append(_counted(judge.name, met, _asking(judge, verdicts), verdicts))
@@ -380,11 +466,17 @@ def _table(ask: Ask, both: Meeting) -> np.ndarray[Any, Any]:
     return np.array([ask(one, other) for one, other in both], dtype=float)
 
 
-def _by_gold(first: Spoken, second: Spoken) -> list[float]:
-    def golds(row: Sequence[Answer]) -> list[float]:
-        return [np.nan if one.gold is None else one.gold for one in row]
+def _by_scores(of: Callable[[Answer], float | None]) -> Ask:
+    """Prefer the answer that a reward gives the higher score."""
 
-    return [preference_from_scores(golds(a), golds(b)) for a, b in zip(first.answers, second.answers, strict=True)]
+    def scores(row: Sequence[Answer]) -> list[float]:
+        return [np.nan if (score := of(one)) is None else score for one in row]
+
+    def ask(first: Spoken, second: Spoken) -> list[float]:
+        rows = zip(first.answers, second.answers, strict=True)
+        return [preference_from_scores(scores(a), scores(b)) for a, b in rows]
+
+    return ask
 
 
 def _asking(judge: Judge, gathered: list[Verdict]) -> Ask:
@@ -421,9 +513,7 @@ def _rates(
     return tuple(found)
 
 
-def _verdicts(
-    primary: str, present: Sequence[str], differences: Sequence[Difference], wins: Sequence[Wins]
-) -> list[str]:
+def _verdicts(primary: str, present: Sequence[str], differences: Sequence[Difference]) -> list[str]:
     """Say in words which differences are real, the most important first."""
     own = [one for one in differences if one.measure == primary]
     if not own:
@@ -432,7 +522,7 @@ def _verdicts(
             if primary
             else "there is neither a gold reward nor a held-out pair"
         )
-        return [f"Nothing is said on which is better: {why}.", *_judged(wins), *_lengthy(wins)]
+        return [f"Nothing is said on which is better: {why}."]
     title = TITLES[primary]
     said = []
     between = [one for one in own if START not in (one.first, one.second)]
@@ -451,19 +541,17 @@ def _verdicts(
     if len(present) > 1 and not leaders:
         said.append(f"No entry is told apart from another in {title}: what differs between them here may be noise.")
     for one in own:
-        interval = f"{one.value.value:+.2f}, by itself {one.value.low:+.2f} to {one.value.high:+.2f}"
         if one.second == START:
             verb = "raised" if one.value.value > 0 else "lowered"
             told = f"{verb} {title}" if one.real else f"is not told apart from the start in {title}"
-            said.append(f"{one.first} {told} ({interval}; {_p(one.p_adjusted)}).")
+            said.append(f"{one.first} {told} ({one.interval}; {one.chance}).")
     for one in between if len(present) == 2 else ():  # of more entries the table tells every pair
-        interval = f"{one.value.value:+.2f}, by itself {one.value.low:+.2f} to {one.value.high:+.2f}"
         if one.real:
             told = f"{_winner(one)} is ahead of {_loser(one)}"
         else:
             told = f"{one.first} and {one.second} are not told apart"
-        said.append(f"{told}: {one.first} minus {one.second} is {interval} ({_p(one.p_adjusted)}).")
-    return [*said, *_judged(wins), *_lengthy(wins)]
+        said.append(f"{told}: {one.first} minus {one.second} is {one.interval} ({one.chance}).")
+    return said
 
 
 def _winner(one: Difference) -> str:
@@ -502,10 +590,6 @@ def _lengthy(wins: Sequence[Wins]) -> list[str]:
     return found
 
 
-def _p(p: float) -> str:
-    return "p < 0.001 corrected" if p < 0.001 else f"p = {p:.2g} corrected"
-
-
 def _listed(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
@@ -537,6 +621,11 @@ def _warnings(
         found.append(
             "No gold reward was given (evaluation.gold): the verdict rests on held-out pairs, not on what the models "
             "say."
+        )
+    if OWN_PROXY in measures:
+        found.append(
+            "Each entry's reward model is its own, the one it was trained on: their scores share no scale, and nothing "
+            "is compared between entries in them. evaluation.reward_model=FOLDER scores all answers by one."
         )
     for name in (GOLD, ACCURACY):
         tables = [one for one in _trained(values[name]).values() if np.isfinite(one).any()]

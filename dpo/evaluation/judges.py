@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, final
 from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
-from tqdm.auto import tqdm
 
 from dpo.errors import ConfigError, DataError, DPOError, RewardError
 from dpo.estimates import Estimate, mean, share
+from dpo.progress import bar
 from dpo.redact import redact_text
 from dpo.rewards import judge as scored
 
@@ -315,17 +315,17 @@ class ModelJudge(Judge):
             return {}
         first, rest = orders[0], orders[1:]
         with (
-            tqdm(total=len(orders), desc=f"judge {self.name}", unit="question", disable=None) as bar,
+            bar(total=len(orders), name=f"judge {self.name}", unit="question") as shown,
             _client(self.config) as client,
             ThreadPoolExecutor(self.config.concurrency) as pool,
         ):
             found = {first: self._ask(client, first, probing=True)}
-            bar.update()
+            shown.update()
             asked = {pool.submit(self._ask, client, order): order for order in rest}
             try:
                 for future in as_completed(asked):
                     found[asked[future]] = future.result()
-                    bar.update()
+                    shown.update()
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)  # leaving the pool would ask all that is still to ask
                 raise

@@ -10,17 +10,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import final
 
+from pydantic import with_config
+
 from dpo.checkpoint import atomic_write_text
 from dpo.data import Example
-from dpo.errors import CheckpointError
 from dpo.estimates import Estimate, mean
-from dpo.evaluation.measures import REMEDY
+from dpo.evaluation.rows import read_rows
 from dpo.model.base import LanguageModel
 from dpo.model.reference import Reference
 from dpo.model.views import all_sums, keys
 
 
 @final
+@with_config({"extra": "forbid"})
 @dataclass(frozen=True)
 class Pair:
     """One held-out pair."""
@@ -79,15 +81,7 @@ class HeldOut:
         Raises:
             CheckpointError: a row is damaged; names `file:line`.
         """
-        pairs = []
-        for number, line in enumerate(file.read_text(encoding="utf-8").rstrip("\n").split("\n"), start=1):
-            try:
-                pairs.append(Pair(**json.loads(line)))
-            except (ValueError, TypeError) as error:
-                raise CheckpointError(
-                    f"{file}:{number}: is damaged ({error!r}), expected a pair with its log-ratios. {REMEDY}"
-                ) from error
-        return cls(tuple(pairs))
+        return cls(tuple(read_rows(file, Pair, "a pair with its log-ratios")))
 
 
 def hold_out(model: LanguageModel, reference: Reference, examples: Sequence[Example]) -> HeldOut:

@@ -46,6 +46,16 @@ class Difference:
     real: bool
     """Whether the corrected p is below 1 - LEVEL. False means: not told apart, not: equal."""
 
+    @property
+    def interval(self) -> str:
+        """The value with its interval, in words."""
+        return f"{self.value.value:+.2f}, by itself {self.value.low:+.2f} to {self.value.high:+.2f}"
+
+    @property
+    def chance(self) -> str:
+        """The corrected p, in words."""
+        return "p < 0.001 corrected" if self.p_adjusted < 0.001 else f"p = {self.p_adjusted:.2g} corrected"
+
 
 @final
 @dataclass(frozen=True)
@@ -76,6 +86,8 @@ class Point:
     """KL to the reference on own samples, nats a completion (k1)."""
     reward: float
     """Mean gold reward of the same samples."""
+    proxy: float | None = None
+    """What the reward model says of them, or None without one."""
 
 
 @final
@@ -198,3 +210,6 @@ class Comparison:
     )
     """[group][entry, or START][measure]: the same on the pairs and prompts of one annotator or population; empty where
     the data names none."""
+    own_proxies: bool = False
+    """Whether the answers were scored by different reward models, as by those that the runs were trained on: the scores
+    of two entries are then on two scales."""

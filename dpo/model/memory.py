@@ -115,7 +115,7 @@ class Roles:
     moving: bool = False
     """A reference that follows the policy."""
     rewards: int = 0
-    """Frozen reward roles that judge what is sampled."""
+    """Frozen reward roles that judge what is sampled, in rollouts or in evaluation."""
     value: bool = False
     """A value role that is trained with the policy."""
     reward: bool = False

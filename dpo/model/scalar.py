@@ -1,17 +1,20 @@
 """The roles that say a number: a reward of each completion, a value before each of its tokens."""
 
+import hashlib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal, final
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from dpo.model.base import LanguageModel, Role
+from dpo.cache import hash_file
+from dpo.model.base import HEAD_FILE, LanguageModel, Role
 from dpo.model.forest import Group
 from dpo.model.logprobs import completion_hidden, wide_dtype
 from dpo.model.reference import Key
+from dpo.progress import bar
 from dpo.rewards import Answer, Reward
 from dpo.rewards.ensemble import Combination, combined
 
@@ -47,6 +50,12 @@ def _numbers(model: LanguageModel, wanted: Sequence[Key], role: Role, place: Pla
     sizes = [len(wanted[n][1]) if place == "source" else 1 for n in asked]
     parts = dict(zip(asked, numbers.split(sizes), strict=True))
     return torch.cat([parts[n] for n in range(len(wanted))])
+
+
+def fingerprint(folder: Path) -> str:
+    """Return a hash of a reward model's files: equal where two folders hold one and the same."""
+    parts = [hash_file(folder / name) for name in ("adapter_config.json", "adapter_model.safetensors", HEAD_FILE)]
+    return hashlib.sha256("".join(parts).encode()).hexdigest()
 
 
 @final
@@ -95,9 +104,12 @@ def normalise(model: LanguageModel, role: Role, wanted: Sequence[Key], batch_siz
     Returns:
         the mean and the standard deviation as they were; a deviation of 0 is left as it is.
     """
-    starts = tqdm(range(0, len(wanted), batch_size), desc="reward normalisation", disable=None)
-    with model.reading(role):
-        known = torch.cat([scores(model, wanted[start : start + batch_size], role) for start in starts]).double()
+    parts: list[Tensor] = []
+    with model.reading(role), bar(total=len(wanted), name="reward normalisation", unit="answer") as shown:
+        for start in range(0, len(wanted), batch_size):
+            parts.append(scores(model, wanted[start : start + batch_size], role))
+            shown.update(len(parts[-1]))
+    known = torch.cat(parts).double()
     mean, deviation = known.mean().item(), known.std(correction=0).item()
     head, scale = model.heads[role], deviation if deviation > 0 else 1.0
     head.weight.div_(scale)

@@ -108,7 +108,7 @@ def find_reward(name: str, place: str = "reward") -> TextReward:
     module, colon, function = name.partition(":")
     try:
         found = getattr(import_module(module), function) if colon else None
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, ValueError, TypeError) as error:  # TypeError: a relative import
         raise ConfigError(f"{place}={name!r}: {error}. Write package.module:function.") from error
     if not callable(found):
         raise ConfigError(f"{place}={name!r}: expected package.module:function, the name of a callable.")

@@ -60,6 +60,7 @@ def page(comparison: Comparison) -> str:
         own_settings=tables.own_settings,
         matrices=[tables.matrix(wins, comparison) for wins in comparison.wins],
         frontier=_frontier(comparison, known),
+        proxies=_proxies(comparison, known),
         charts={word: _charts(comparison, known, axis, label) for axis, word, label in AXES},
     )
 
@@ -77,6 +78,33 @@ def _frontier(comparison: Comparison, known: Mapping[str, Look]) -> dict[str, Ma
         kind: plots.draw_frontier(curves, start, room, width, f"frontier-{kind}", clean(text))
         for kind, width in (("wide", _WIDE), ("narrow", _PHONE))
     }
+
+
+def _proxies(comparison: Comparison, known: Mapping[str, Look]) -> list[Chart]:
+    """The gold reward beside the reward model's score, one chart of that for each scale that it has."""
+    golds = plots.optimised(comparison, known, "reward")
+    proxies = plots.optimised(comparison, known, "proxy")
+    if not proxies:
+        return []
+    unit = METRICS["eval/proxy_reward"].unit
+    shown = [("Gold: the true reward", METRICS["eval/gold_reward"].unit, golds)]
+    if comparison.own_proxies:
+        shown += [(f"Proxy of {shorten(one.name, 24)}: its own reward model", unit, [one]) for one in proxies]
+    else:
+        shown.append(("Proxy: the reward model", unit, proxies))
+    drawn, start = {one.name for one in golds}, known[comparison.start.name]
+    room = plots.label_room(one.name for one in golds)
+    return [
+        Chart(
+            title,
+            unit,
+            plots.draw_frontier(
+                curves, start, room, _PANEL, f"proxy-{n}", clean(f"{title}, against KL while training")
+            ),
+            () if n else tuple(entry.name for entry in comparison.entries if entry.name not in drawn),
+        )
+        for n, (title, unit, curves) in enumerate(shown)
+    ]
 
 
 def _charts(comparison: Comparison, known: Mapping[str, Look], axis: str, label: str) -> list[Chart]:

@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, final
+from typing import Any, Literal, final
 from xml.etree import ElementTree
 
 import matplotlib as mpl
@@ -108,6 +108,16 @@ def frontier(comparison: Comparison, looks: Mapping[str, Look]) -> list[Curves]:
     )
 
 
+def optimised(comparison: Comparison, looks: Mapping[str, Look], what: Literal["reward", "proxy"]) -> list[Curves]:
+    """Return the gold reward, or what the reward model says, against KL, at the points that have both."""
+
+    def points(entry: Entry, seed: int) -> dict[int, tuple[float, float]]:
+        both = [one for one in entry.frontier.get(seed, ()) if one.proxy is not None]
+        return {one.step: (one.kl, getattr(one, what)) for one in both if _finite(one.kl, getattr(one, what))}
+
+    return _curves(comparison, looks, points)
+
+
 def learning(comparison: Comparison, looks: Mapping[str, Look], metric: str, axis: str) -> list[Curves]:
     """Return a metric of the evaluation rows against an axis of the ledger, of the entries that recorded both."""
     return _curves(comparison, looks, lambda entry, seed: _recorded(entry, seed, metric, axis))
@@ -134,10 +144,11 @@ def draw_frontier(curves: Sequence[Curves], start: Look, room: float, width: int
         # Gao et al. 2023 (arXiv:2210.10760) measure the way from the start as the root of the KL; k1 may be below 0.
         axes.set_xscale("function", functions=(_root, _square))
         _draw_curves(axes, curves, every_point=True)
-        starts = [(run.x[0], run.y[0]) for one in curves for run in one.runs]
-        x, y = (sum(values) / len(starts) for values in zip(*starts, strict=True))
-        axes.plot(x, y, linestyle="none", marker="o", markersize=11, markeredgewidth=1.4, color=INK, fillstyle="none")
-        axes.annotate("start", (x, y), (9, -11), textcoords="offset points", color=start.colour, zorder=9)
+        if starts := [(run.x[0], run.y[0]) for one in curves for run in one.runs if run.x[0] == 0]:
+            x, y = (sum(values) / len(starts) for values in zip(*starts, strict=True))
+            ring = {"marker": "o", "markersize": 11, "markeredgewidth": 1.4, "fillstyle": "none"}
+            axes.plot(x, y, linestyle="none", color=INK, **ring)
+            axes.annotate("start", (x, y), (9, -11), textcoords="offset points", color=start.colour, zorder=9)
         low, high = axes.get_xlim()
         ticks = [tick for tick in _NICE if low <= tick <= high]
         axes.xaxis.set_major_locator(FixedLocator(_apart(axes, ticks, 34)))

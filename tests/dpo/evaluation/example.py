@@ -1,6 +1,8 @@
 """A comparison as a real one would be, made up: five objectives, three seeds, a gold reward, one judge."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Literal
 
 import numpy as np
 
@@ -47,12 +49,20 @@ def comparison(
     gpu: bool = False,
     title: str = "DPO, IPO, KTO, SimPO and PPO on controlled sentiment",
     groups: Sequence[str] = (),
+    proxies: Literal["none", "one", "own"] = "none",
 ) -> Comparison:
-    """Return a comparison; `failed` holds by entry's name the messages of the seeds whose run failed."""
+    """Return a comparison; `failed` holds by entry's name the messages of the seeds whose run failed.
+
+    With one proxy a reward model scored the path of every entry, with own ones those of the last two.
+    """
     failed = failed or {}
     measures = tuple(one for one in MEASURES if gold or one.name != GOLD)
     start = _start(measures)
     entries = tuple(_entry(n, name, seeds, measures, failed.get(name, {}), gpu) for n, name in enumerate(names))
+    if proxies != "none":
+        entries = tuple(
+            _scored(one) if proxies == "one" or n >= len(names) - 2 else one for n, one in enumerate(entries)
+        )
     everyone = (start, *entries)
     return Comparison(
         title=title,
@@ -91,6 +101,7 @@ def comparison(
             SideBySide(prompt, {one.name: answer.format(name=one.name) for one in everyone}) for prompt in prompts
         ),
         groups={group: {one.name: dict(one.measures) for one in everyone} for group in groups},
+        own_proxies=proxies == "own",
         settings={
             "data.path": "sentiment",
             "loop.learning_rate": 1e-4,
@@ -99,6 +110,15 @@ def comparison(
             "lora.target_modules": ["q_proj", "v_proj"],
         },
     )
+
+
+def _scored(entry: Entry) -> Entry:
+    """A reward model that likes whatever is far from the start."""
+    paths = {
+        seed: [replace(point, proxy=float(0.1 * seed + 0.9 * np.sqrt(max(0.0, point.kl)))) for point in points]
+        for seed, points in entry.frontier.items()
+    }
+    return replace(entry, frontier=paths)
 
 
 def _around(value: float, half: float, n: int = 200) -> Estimate:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from dpo.evaluation.achieved import Achieved
-from dpo.evaluation.comparison import GOLD, KL, Asked, compare
+from dpo.evaluation.comparison import GOLD, KL, PROXY, Asked, compare
 from dpo.evaluation.judges import Judge, Question, Verdict
 from dpo.evaluation.pairs import HeldOut, Pair
 from dpo.evaluation.records import START, Comparison, Cost, Trained
@@ -130,6 +130,67 @@ def test_win_rates_count_prompts_and_mind_the_length() -> None:
     assert wins.strengths["a"].value == pytest.approx(np.log(3), abs=1e-6)  # 3/4 against both, who are level
     assert next(iter(wins.strengths)) == "a"
     assert wins.position_bias is None
+
+
+def scored(golds: Sequence[float], proxies: Sequence[float], by: str, before: Sequence[float] = ()) -> Achieved:
+    """Return answers that a reward model of the identity `by` has scored."""
+    said = spoken(golds)
+    answers = tuple((replace(row[0], proxy=float(one)),) for row, one in zip(said.answers, proxies, strict=True))
+    return Achieved(replace(said, answers=answers, proxy_by=by, reference_proxy=tuple(map(float, before))))
+
+
+def test_one_reward_model_of_all_judges_the_answers() -> None:
+    flat, half = np.zeros(PROMPTS), np.repeat([1.0, 0.0], PROMPTS // 2)
+    of_all = replace(asked("a", "b"), start=scored(flat, flat, "one"))
+    runs = [
+        trained("a", 0, [], achieved=scored(flat, half, "one")),
+        trained("b", 0, [], achieved=scored(flat, flat, "one")),
+    ]
+    found = compare(of_all, runs)
+    assert [one.judge for one in found.wins] == ["gold reward", "reward model"]
+    rates = {(one.first, one.second): one.plain.value for one in found.wins[1].rates}
+    assert rates == {("a", START): 0.75, ("b", START): 0.5, ("a", "b"): 0.75}
+    assert {(one.first, one.second) for one in found.differences if one.measure == PROXY} == {*rates}
+    assert found.start.measures[PROXY].value == 0.0
+    assert not found.own_proxies
+    assert "reward model prefers a to b in 75% of its verdicts." in found.verdicts
+
+
+@pytest.mark.parametrize("start", ["", "one"])
+def test_reward_models_of_their_own_are_compared_in_nothing(start: str) -> None:
+    rng = np.random.default_rng(0)
+    flat, high, before = np.zeros(PROMPTS), rng.normal(5, 1, PROMPTS), rng.normal(0, 1, PROMPTS)
+    own = {"b": "two" if start else "one"}  # one model for both, and none for the start, is no common one either
+    runs = [
+        trained(name, seed, [], achieved=scored(flat, high, own.get(name, "one"), before))
+        for name in "ab"
+        for seed in (0, 1)
+    ]
+    at_start = scored(flat, flat, start) if start else Achieved(spoken(flat, kl=0.0))
+    found = compare(replace(asked("a", "b", seeds=2), start=at_start), runs)
+    assert found.own_proxies
+    (measure,) = [one for one in found.measures if one.name == PROXY]
+    assert (measure.title, measure.unit, measure.better) == ("own reward model", "own scale", None)
+    assert found.entries[0].measures[PROXY].value == pytest.approx(high.mean())
+    assert PROXY not in found.start.measures
+    assert [one for one in found.differences if one.measure == PROXY] == []
+    assert [one.judge for one in found.wins] == ["gold reward"]
+    assert any(line.startswith("Each entry's reward model is its own") for line in found.warnings)
+    gained = high.mean() - before.mean()
+    assert any(
+        line.startswith(f"a may be over-optimised: it raised its reward model's score ({gained:+.2f}, by itself ")
+        for line in found.verdicts
+    )
+
+
+def test_the_path_has_the_reward_models_score_beside_the_gold_reward() -> None:
+    flat = np.zeros(4)
+    rows = [{"step": 8, "kind": "eval", GOLD: 0.4, KL: 1.0, PROXY: 2.5}, {"step": 16, "kind": "train"}]
+    start = Achieved(spoken(flat, kl=0.0))
+    for before, first in (((), None), (flat - 1, -1.0)):
+        one = trained("a", 0, [], achieved=scored(flat, flat + 3, "one", before), rows=rows)
+        found = compare(replace(asked("a"), start=start), [one])
+        assert [point.proxy for point in found.entries[0].frontier[0]] == [first, 2.5, 3.0]
 
 
 def test_two_prompts_that_agree_are_no_proof() -> None:

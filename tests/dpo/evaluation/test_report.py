@@ -20,7 +20,7 @@ from dpo.evaluation.report import DIFFERENCES_FILE, PAGE_FILE, RESULTS_FILE, TAB
 from dpo.evaluation.report import text as texts
 from dpo.evaluation.report.looks import VARIABLES, looks
 from dpo.evaluation.report.page import page
-from dpo.evaluation.report.plots import learning
+from dpo.evaluation.report.plots import learning, optimised
 from dpo.evaluation.report.tables import gaps, matrix, measure_rows
 
 _spec = spec_from_file_location("comparison_example", Path(__file__).with_name("example.py"))
@@ -128,6 +128,11 @@ def contrast(one: str, other: str) -> float:
 def mixed(one: str, other: str, part: float) -> str:
     pairs = ((int(one[n : n + 2], 16), int(other[n : n + 2], 16)) for n in (1, 3, 5))
     return "#" + "".join(f"{round(part * a + (1 - part) * b):02x}" for a, b in pairs)
+
+
+def proxy_charts(source: str) -> list[str]:
+    section = source.partition('<h2 id="proxy">')[2].partition("</section>")[0]
+    return re.findall(r"<figcaption><b>(.*?)</b>", section)
 
 
 class TestStructure:
@@ -253,6 +258,42 @@ class TestContent:
         widths = re.findall(r'<div class="(wide|narrow)"><svg class="plot" viewBox="0 0 (\d+)', html)
         assert [kind for kind, _ in widths] == ["wide", "narrow"]
         assert int(widths[1][1]) <= 340 < int(widths[0][1])
+
+    def test_gold_and_proxy_are_drawn_side_by_side(self, html, tmp_path):
+        assert "Gold against proxy" not in Page(html).text
+        made = example.comparison(names=("dpo", "ipo", "reward_ppo"), proxies="one")
+        write(made, tmp_path)
+        source = (tmp_path / PAGE_FILE).read_text(encoding="utf-8")
+        text = Page(source).text
+        assert (
+            text.index("What each step away")
+            < text.index("the proxy is what a reward model says")
+            < text.index("By exam")
+        )
+        assert proxy_charts(source) == ["Gold: the true reward", "Proxy: the reward model"]
+        assert "scale of its own" not in text
+        plain = json.loads((tmp_path / RESULTS_FILE).read_text())
+        assert plain["entries"][0]["frontier"]["0"][-1]["proxy"] == made.entries[0].frontier[0][-1].proxy > 0
+        drawn = {one.name: one for one in optimised(made, looks(made), "proxy")}
+        assert drawn["dpo"].mean.y[-1] == pytest.approx(
+            sum(points[-1].proxy for points in made.entries[0].frontier.values()) / 3
+        )
+
+    def test_reward_models_of_their_own_share_no_chart(self):
+        made = example.comparison(names=("dpo", "ipo", "reward_ppo"), proxies="own", wins=False)
+        source = page(made)
+        own = [f"Proxy of {name}: its own reward model" for name in ("ipo", "reward_ppo")]
+        assert proxy_charts(source) == ["Gold: the true reward", *own]
+        text = Page(source).text.replace(" .", ".")
+        assert "Each reward model has a scale of its own" in text
+        assert "Not recorded: dpo." in text.partition("Gold: the true reward")[2].partition("Learning curves")[0]
+        figures = re.findall(r'<svg class="plot"[^>]*aria-label="Proxy of.*?</svg>', source, re.DOTALL)
+        assert [("ipo<" in one, "reward_ppo<" in one) for one in figures] == [(True, False), (False, True)]
+
+    def test_a_path_without_its_start_has_no_ring(self):
+        made = example.comparison(names=("dpo",), seeds=1, wins=False)
+        later = replace(made.entries[0], frontier={0: made.entries[0].frontier[0][1:]})
+        assert [">start</text>" in page(one) for one in (made, replace(made, entries=(later,)))] == [True, False]
 
     def test_a_measure_that_an_entry_lacks_is_said(self, full, html):
         by_name = {row.entry.name: row.cells for row in measure_rows(full[0])}

@@ -1,14 +1,16 @@
 """What is measured on samples is what the words say; a broken gold reward is named."""
 
+import json
 from dataclasses import replace
 
 import pytest
 import torch
 
 from dpo.errors import CheckpointError, RewardError
-from dpo.evaluation.samples import EvaluationPrompt, Spoken, log_ratios, speak
+from dpo.evaluation.samples import EvaluationPrompt, Proxy, Spoken, log_ratios, speak
 from dpo.model import reference
 from dpo.model.rollout import sample
+from dpo.rewards import Reward
 
 PROMPTS = [
     EvaluationPrompt("one", (5, 6, 7)),
@@ -93,6 +95,44 @@ class TestSpeak:
         file.write_text(file.read_text()[:-20])
         with pytest.raises(CheckpointError, match=r"samples\.jsonl:3: is damaged .* start the run again"):
             Spoken.read(file)
+
+
+class SumOfTokens(Reward):
+    """What is worth the ids of prompt and completion together, which tells them apart from any text."""
+
+    def __call__(self, answers):
+        return [float(sum(one.key[0]) * 1000 + sum(one.key[1])) for one in answers]
+
+
+BY_TOKENS = Proxy(SumOfTokens(), "sum", own=False)
+
+
+class TestProxy:
+    def test_it_scores_the_tokens_of_the_whole_prompt_with_each_answer(self, model):
+        said = spoken(model, proxy=BY_TOKENS)
+        samples = sample(model, [one.ids for one in PROMPTS for _ in range(3)], max_new_tokens=6, seed=0)
+        expected = [float(sum(one.prompt) * 1000 + sum(one.completion)) for one in samples]
+        assert [one.proxy for row in said.answers for one in row] == expected
+        assert said.proxy == pytest.approx([sum(expected[3 * n : 3 * n + 3]) / 3 for n in range(3)])
+        assert said.estimates()["eval/proxy_reward"].value == pytest.approx(sum(expected) / 9)
+        assert said.proxy_by == "sum"
+        assert "eval/proxy_reward" not in spoken(model).estimates()
+
+    def test_scores_and_who_gave_them_survive_the_disk_and_go_with_their_group(self, model, tmp_path):
+        asked = [replace(PROMPTS[0], group="a"), PROMPTS[1], replace(PROMPTS[2], group="b")]
+        said = speak(model, asked, role="policy", gold=None, per_prompt=2, max_new_tokens=4, seed=0, proxy=BY_TOKENS)
+        said = replace(said, reference_proxy=(1.0, 2.0, 3.0))
+        said.write(tmp_path / "samples.jsonl")
+        again = Spoken.read(tmp_path / "samples.jsonl")
+        assert again == said
+        own = again.groups()["b"]
+        assert (own.proxy, own.proxy_by, own.reference_proxy) == ((said.proxy[2],), "sum", (3.0,))
+
+    def test_files_from_before_there_was_one_are_read(self, tmp_path):
+        answer = {"text": "t", "tokens": 3, "finished": True, "log_ratio": 0.5, "gold": 1.0}
+        (tmp_path / "samples.jsonl").write_text(json.dumps({"prompt": "p", "answers": [answer]}) + "\n")
+        said = Spoken.read(tmp_path / "samples.jsonl")
+        assert (said.gold, said.proxy, said.proxy_by, said.reference_proxy) == ((1.0,), None, "", ())
 
 
 class TestKL:
