@@ -151,6 +151,34 @@ def save(
     return target
 
 
+def copy(path: Path, root: Path, keep: int = 2) -> Path:
+    """Put a copy of a checkpoint under another root, verified by its own manifest, and prune there as `save` does.
+
+    A copy of that step that verifies is left as it is. Nothing is forced to disk: what a power cut tears does not
+    verify, and the original is there.
+
+    Raises:
+        CheckpointError: the disk refused, or the copy is not what the manifest says; nothing is left of it then.
+    """
+    target = root / path.name
+    with _disk(root, "copy a checkpoint"):
+        root.mkdir(parents=True, exist_ok=True)
+        _sweep(root)
+        if not target.is_dir() or not _valid(target):
+            try:
+                temporary = _hidden(target, "tmp")
+                _copy_files(path, temporary)
+                if target.exists():
+                    target.rename(_hidden(target, "old"))
+                temporary.rename(target)
+                _read_back(target)
+            except BaseException:  # an interrupt too: undo, then let it through
+                _sweep(root)
+                raise
+    _prune(root, target, keep)
+    return target
+
+
 def load(path: Path) -> Checkpoint:
     """Verify one checkpoint and return it; its tensors are read when asked for.
 
@@ -373,6 +401,15 @@ def _write(
     (folder / _MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     _sync(folder / _MANIFEST)
     _sync(folder)
+
+
+def _copy_files(source: Path, target: Path) -> None:
+    """Copy contents alone: file systems of shared drives may refuse permissions and times."""
+    for file in sorted(source.rglob("*")):
+        if file.is_file():
+            place = target / file.relative_to(source)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, place)
 
 
 def _verify(folder: Path, name: str, size: int, sha256: str) -> None:

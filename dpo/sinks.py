@@ -15,7 +15,7 @@ from typing import Any, Literal, Protocol, TypeAlias, final, get_args
 from urllib.parse import urlsplit
 
 from dpo.errors import ConfigError, nearest
-from dpo.metrics import AXES, METRICS_FILE, Row
+from dpo.metrics import AXES, METRICS_FILE, PERFORMANCE_FILE, Row, read
 from dpo.redact import redact, redact_text
 
 Tracker: TypeAlias = Literal["wandb", "tensorboard", "trackio", "none"]
@@ -59,50 +59,92 @@ class Sink(Protocol):
 
 @final
 class SafeSink:
-    """A sink that cannot fail: the first exception is reported once, and the sink is closed and left alone."""
+    """A sink that cannot fail: the first exception is reported, and the sink is closed and left alone until the end.
 
-    def __init__(self, name: str, build: Callable[[], Sink]) -> None:
-        """Build the sink; also a failing `build` is only reported."""
-        self._name = name
+    Then it is built once more and shown what it missed, read from the ledger. A tracker that is gone for good has cost
+    the run two lines of its log and no step in between.
+    """
+
+    def __init__(self, name: str, build: Callable[[], Sink], folder: Path) -> None:
+        """Build the sink; also a failing `build` is only reported. `folder` is the run's, with its ledger."""
+        self._name, self._build, self._folder = name, build, folder
         self._sink: Sink | None = None
+        self._missed: tuple[Any, Any] | None = None
+        """Step and kind of the first row that was not shown."""
+        self._tables: list[tuple[str, Sequence[str], Sequence[Sequence[Cell]]]] = []
+        """Those that were not."""
+        self._patience = "until the run ends"
         try:
             self._sink = build()
         except Exception as error:
             self._report(error)
 
     def log(self, row: Row) -> None:
-        """Show one event, or do nothing once the sink has failed."""
-        self._attempt(lambda sink: sink.log(row))
+        """Show one event, or remember that it was not shown."""
+        if not self._attempt(lambda sink: sink.log(row)) and self._missed is None:
+            self._missed = row["step"], row["kind"]
 
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> None:
-        """Show a table, or do nothing once the sink has failed."""
-        self._attempt(lambda sink: sink.table(name, columns, rows))
+        """Show a table, or keep it."""
+        if not self._attempt(lambda sink: sink.table(name, columns, rows)):
+            self._tables.append((name, columns, rows))
 
     def finish(self, summary: Mapping[str, int | float | str]) -> None:
-        """Close the sink, or do nothing once it has failed."""
+        """Show what was missed, and close the sink."""
+        self._patience = "for good"
+        if self._missed is not None or self._tables:
+            self._catch_up()
         self._attempt(lambda sink: sink.finish(summary))
 
-    def _attempt(self, action: Callable[[Sink], None]) -> None:
+    def _catch_up(self) -> None:
+        """Build the sink again and show it what it missed."""
+        try:
+            self._sink = self._build()
+            for row in [] if self._missed is None else _rows_from(self._folder, *self._missed):
+                self._sink.log(row)
+            for name, columns, cells in self._tables:
+                self._sink.table(name, columns, cells)
+            _log.info("%s is there again and has been shown what it missed", self._name)
+        except Exception as error:
+            self._give_up(error)
+
+    def _attempt(self, action: Callable[[Sink], None]) -> bool:
+        """Tell whether the sink did it."""
         if self._sink is None:
-            return
+            return False
         try:
             action(self._sink)
         except Exception as error:
-            broken, self._sink = self._sink, None
-            self._report(error)
-            try:
+            self._give_up(error)
+            return False
+        return True
+
+    def _give_up(self, error: Exception) -> None:
+        broken, self._sink = self._sink, None
+        self._report(error)
+        try:
+            if broken is not None:
                 broken.finish({})
-            except Exception as again:
-                _log.debug("%s could not be closed either: %r", self._name, again)
+        except Exception as again:
+            _log.debug("%s could not be closed either: %r", self._name, again)
 
     def _report(self, error: Exception) -> None:
         _log.warning(
-            "%s failed and is off for the rest of the run; the run goes on and %s is complete: %s: %s",
+            "%s failed and is left alone %s; the run is not affected and %s is complete: %s: %s",
             self._name,
+            self._patience,
             METRICS_FILE,
             type(error).__name__,
             redact_text(str(error)),
         )
+
+
+def _rows_from(folder: Path, step: Any, kind: Any) -> list[Row]:
+    """Return the ledger's rows from this one on, as `Ledger.append` returned them: the parts of both files together."""
+    timed = {(row["step"], row["kind"]): row for row in read(folder / PERFORMANCE_FILE)}
+    rows = [{**row, **timed.get((row["step"], row["kind"]), {})} for row in read(folder / METRICS_FILE)]
+    first = next((n for n, row in enumerate(rows) if (row["step"], row["kind"]) == (step, kind)), len(rows))
+    return rows[first:]
 
 
 @final
@@ -301,7 +343,7 @@ def sinks(
         "tensorboard": lambda: TensorboardSink(folder, name, group, tags, config),
         "trackio": lambda: TrackioSink(project, name, group, tags, config),
     }
-    return tuple(SafeSink(wanted, builders[wanted]) for wanted in report_to if wanted != "none")
+    return tuple(SafeSink(wanted, builders[wanted], folder) for wanted in report_to if wanted != "none")
 
 
 def check_available(report_to: Iterable[str]) -> None:

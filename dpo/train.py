@@ -19,14 +19,14 @@ from typing import Annotated, Any, Literal, final
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from dpo import checkpoint
 from dpo.batches import Division, Plan, within_memory
 from dpo.data import Example
-from dpo.errors import DPOError, TrainingError
+from dpo.errors import CheckpointError, DPOError, TrainingError
 from dpo.losses import MovesReference, Objective
 from dpo.metrics import Ledger
+from dpo.mirror import Mirror
 from dpo.model.base import Base, LanguageModel, Role
 from dpo.model.episodes import Item
 from dpo.model.reference import Reference, ReferenceLogps
@@ -34,9 +34,9 @@ from dpo.model.views import (
     FreshReference,
     by_role,
     concatenate,
+    drift,
     examples_in,
     keys,
-    largest_drift,
     log_ratios,
     policy_logps,
     step_fields,
@@ -44,8 +44,10 @@ from dpo.model.views import (
     view,
     with_policy_logps,
 )
+from dpo.progress import bar
 from dpo.sinks import Sink
 from dpo.sources import Dataset, Judges, RolloutConfig, Rollouts, Source, refuse_drift
+from dpo.stop import Stop, Stopped
 from dpo.types import LossInput, LossOutput
 
 log = logging.getLogger("dpo")
@@ -113,6 +115,9 @@ class Loop(BaseModel):
     """Evaluate every so many optimiser steps, and always after the last (null: only then)."""
     save_steps: Annotated[int, Field(ge=1)] = 50
     """Write a checkpoint every so many optimiser steps, and always after the last."""
+    save_minutes: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = 10
+    """Also write one at the end of the optimiser step in which the last save is so many minutes ago: no more than that
+    is lost where a machine is taken away (null: by the steps alone)."""
     save_total_limit: Annotated[int, Field(ge=1)] = 2
     """Checkpoints to keep."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
@@ -173,6 +178,8 @@ class Outcome:
     """The log-probs of all held-out examples at the end, or None without any."""
     stopped_early: bool = False
     """Whether the KL budget ended the training."""
+    unsaved: str | None = None
+    """Why not a single checkpoint could be written; None where there is one."""
 
 
 @final
@@ -201,6 +208,7 @@ def train(
     on_policy: OnPolicy | None = None,
     listen: Callable[[], Mapping[str, float]] | None = None,
     listen_steps: int | None = None,
+    mirror: Mirror | None = None,
 ) -> Outcome:
     """Train the policy of `model`, going on from the newest checkpoint in `folder` where there is one.
 
@@ -218,8 +226,10 @@ def train(
         on_policy: how completions are sampled and judged; None trains on the examples themselves.
         listen: measures the policy's own samples, by the ledger's names.
         listen_steps: it is asked every so many optimiser steps, never after the last.
+        mirror: told after every save.
 
     Raises:
+        Stopped: SIGTERM or SIGINT came; the step it came in is finished and saved. Not in a thread of its own.
         CheckpointError: the checkpoints there belong to another run, or are all damaged.
         TrainingError: the policy does not start at its reference, or the numbers stay not finite.
     """
@@ -244,7 +254,7 @@ def train(
             seed=loop.seed,
             division=replace(division(loop, loop.per_device_eval_batch_size, model.base, objective), scored=1),
         )
-    run = _Run(model, reference, objective, optimiser, loop, folder, identity, source, listen, listen_steps)
+    run = _Run(model, reference, objective, optimiser, loop, folder, identity, source, listen, listen_steps, mirror)
     return run.go(read, eval_examples, sinks)
 
 
@@ -263,19 +273,26 @@ class _Run:
         source: Source,
         listen: Callable[[], Mapping[str, float]] | None,
         listen_steps: int | None,
+        mirror: Mirror | None,
     ) -> None:
         from accelerate import Accelerator
 
         self.model, self.reference, self.objective = model, reference, objective
         self.settings, self.loop, self.source = optimiser, loop, source
         self.folder, self.identity = folder, identity
-        self._listen, self._listen_steps = listen, listen_steps
+        self._listen, self._listen_steps, self._mirror = listen, listen_steps, mirror
         self.checkpoints = folder / "checkpoints"
         self.accelerator = Accelerator(
             cpu=model.device.type == "cpu", mixed_precision="fp16" if model.dtype == torch.float16 else "no"
         )
         self.optimizer = self.accelerator.prepare(_build_optimizer(optimiser, model.parameters()))
         self.progress = Progress()
+        self._tried = time.monotonic()
+        """When a checkpoint was last written, or could not be."""
+        self._unsaved: str | None = None
+        """Why the last one could not be."""
+        self._kept = False
+        """Whether there is a checkpoint to go on from."""
         self._eval_parts = 1
         self._scaled = self.accelerator.scaler is not None  # float16: an overflow lowers the scale, and is no fault
         self._moves = objective if isinstance(objective, MovesReference) else None
@@ -298,7 +315,7 @@ class _Run:
             evaluated = self._advance(eval_examples, ledger, sinks)
         if evaluated is None and eval_examples:  # resumed behind the last evaluation
             evaluated = self._score(eval_examples)
-        return Outcome(self.progress, evaluated, self.source.spent)
+        return Outcome(self.progress, evaluated, self.source.spent, None if self._kept else self._unsaved)
 
     def _advance(
         self,
@@ -308,7 +325,7 @@ class _Run:
     ) -> LossInput | None:
         """Do the steps that are left; return the log-probs of the last evaluation, if there was one."""
         progress, evaluated = self.progress, None
-        started = time.monotonic() - progress.seconds
+        started, self._tried = time.monotonic() - progress.seconds, time.monotonic()
 
         def report(kind: Literal["train", "eval"], values: Mapping[str, float]) -> None:
             progress.seconds = time.monotonic() - started
@@ -317,7 +334,7 @@ class _Run:
                 sink.log(row)
 
         name, limit = type(self.objective).__name__, self.loop.max_seconds
-        with closing(_Voice(name, progress.step, self.source.steps, limit)) as voice:
+        with closing(_Voice(name, progress.step, self.source.steps, limit)) as voice, Stop() as stop:
             while progress.step < self.source.steps and not self._time_is_up():
                 before = progress.step
                 batch, told = self.source.batch(before)
@@ -343,10 +360,36 @@ class _Run:
                 started += time.monotonic() - began  # the clock is of training
                 if measured:
                     report("eval", measured)
-                if last or _every(self.loop.save_steps, before, progress.step):
+                asked = stop.asked  # once: a signal that comes from here on is obeyed after the next step
+                if last or asked is not None or self._save_is_due(before):
                     ledger.sync()  # every row of a step is on disk before its checkpoint
-                    self._save()
+                    self._save_if_possible()
+                if asked is not None:
+                    how = "which is saved" if self._unsaved is None else "which could not be saved"
+                    raise Stopped(
+                        asked,
+                        f"stopped after step {progress.step} of {self.source.steps}, {how}. The same command goes on "
+                        "from the last checkpoint.",
+                    )
         return evaluated
+
+    def _save_is_due(self, before: int) -> bool:
+        minutes = self.loop.save_minutes
+        late = minutes is not None and time.monotonic() - self._tried >= 60 * minutes
+        return late or _every(self.loop.save_steps, before, self.progress.step)
+
+    def _save_if_possible(self) -> None:
+        """Save; a disk that refuses costs this save alone: those before it stay, and the next one is tried in time."""
+        try:
+            self._save()
+        except CheckpointError as error:
+            self._unsaved = str(error)
+            log.warning("%s The training goes on, and saving is tried again.", error)
+        else:
+            self._unsaved, self._kept = None, True
+            if self._mirror is not None:
+                self._mirror.update()
+        self._tried = time.monotonic()
 
     def _time_is_up(self) -> bool:
         return self.loop.max_seconds is not None and self.progress.seconds >= self.loop.max_seconds
@@ -430,8 +473,9 @@ class _Run:
             self.progress.log_ratio_count += sum(map(len, ratios))
         if not finite and not self._scaled:
             log.warning(
-                "step %d: loss %s, gradient norm %s: no update", self.progress.step + 1, values["train/loss"], norm
-            )
+                "step %d: loss %s, gradient norm %s: no update; its rows: %s",
+                self.progress.step + 1, values["train/loss"], norm, ", ".join(example.source for example in batch),
+            )  # fmt: skip
         self.optimizer.zero_grad()
         return values, finite
 
@@ -527,7 +571,7 @@ class _Run:
         if not self.model.starts_at_reference:
             return
         batch: Any = self.source.batch(0)[0][: self.loop.per_device_train_batch_size]
-        refuse_drift(self.model, largest_drift(self._score(batch)))
+        refuse_drift(self.model, drift(self._score(batch)))
 
     def _save(self) -> None:
         optimizer, layout = checkpoint.optimizer_tensors(self.optimizer.optimizer)
@@ -567,7 +611,7 @@ class _Run:
         point = found.checkpoint
         state: Any = point.state
         if different := [key for key in self.identity if state["identity"].get(key) != self.identity[key]]:
-            raise checkpoint.CheckpointError(
+            raise CheckpointError(
                 f"{point.path}: this checkpoint belongs to a run with other {' and '.join(different)}. Give the "
                 "settings and data it was started with, or another folder with output.dir=."
             )
@@ -579,7 +623,7 @@ class _Run:
         checkpoint.restore_rng(point.tensors("random"), self.model.device)
         if state[ROLLOUT] is not None:
             self.source.restore(point.tensors(ROLLOUT) if ROLLOUT in point.names else {}, state[ROLLOUT])
-        self.progress = Progress(**state["progress"])
+        self.progress, self._kept = Progress(**state["progress"]), True
         log.info("going on from step %d of %d (%s)", self.progress.step, self.source.steps, point.path)
 
 
@@ -659,7 +703,7 @@ class _Voice:
 
     def __init__(self, name: str, done: int, total: int, seconds: float | None) -> None:
         self._seconds = math.inf if seconds is None else seconds
-        self._bar = tqdm(total=total, initial=done, desc=name, unit="step", disable=None)
+        self._bar = bar(total=total, done=done, name=name, unit="step")
         self._name, self._done, self._total = name, done, total
         self._began = self._spoke = time.monotonic()
         self._watched: dict[str, float] = {}

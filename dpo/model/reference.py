@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from dpo.cache import cache_folder
 from dpo.errors import ModelError
@@ -29,6 +28,7 @@ from dpo.model.forest import Group
 from dpo.model.layout import Layout
 from dpo.model.logprobs import completion_logps
 from dpo.model.store import Store, Values
+from dpo.progress import bar
 
 log = logging.getLogger("dpo")
 
@@ -99,7 +99,7 @@ class ReferenceLogps(Reference):
         if not missing:
             return
         with (
-            tqdm(total=len(missing), desc="reference", unit="completion", disable=None if progress else True) as bar,
+            bar(total=len(missing), name="reference", unit="completion", shown=progress) as shown,
             self._model.reading("reference") as network,
         ):
             scored: dict[bytes, Values] = {}
@@ -107,7 +107,7 @@ class ReferenceLogps(Reference):
                 new = self._score(network, batch)
                 scored |= new
                 self.computed += len(new)
-                bar.update(len(new))
+                shown.update(len(new))
                 if len(scored) >= SHARD:
                     store.add(scored)
                     scored = {}

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from hashlib import sha256
 from typing import final
 
-from tqdm.auto import tqdm
-
 from dpo.data import Renderer
 from dpo.errors import ModelError
 from dpo.model.base import LanguageModel, Role
-from dpo.model.generation import Backend, Generate, Sampling
+from dpo.model.generation import Backend, Sampling
+from dpo.model.halving import Halving
+from dpo.progress import bar
 
 
 @final
@@ -38,7 +38,7 @@ def sample(
     seed: int = 0,
     batch_size: int = 64,
     progress: str | None = None,
-    backend: Backend = Generate(),
+    backend: Backend = Halving(),
 ) -> list[Sample]:
     """Sample one completion for every prompt, from the full distribution (no top-k, no top-p).
 
@@ -71,7 +71,7 @@ def sample(
     samples: dict[int, Sample] = {}
     with (
         model.reading(role) as network,
-        tqdm(total=len(prompts), desc=progress, unit="answer", disable=None if progress else True) as bar,
+        bar(total=len(prompts), name=progress or "", unit="answer", shown=progress is not None) as shown,
     ):
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
@@ -81,7 +81,7 @@ def sample(
                 completion = tuple(row if stop is None else row[: stop + 1])
                 text = model.tokenizer.decode(completion, skip_special_tokens=True)
                 samples[i] = Sample(prompts[i], completion, text, finished=stop is not None)
-            bar.update(len(batch))
+            shown.update(len(batch))
     return [samples[i] for i in range(len(prompts))]
 
 

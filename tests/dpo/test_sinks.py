@@ -64,31 +64,62 @@ class Flaky:
             raise ConnectionError("still no route")
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("fail_on_close", [False, True])
-def test_a_sink_that_raises_is_reported_once_and_closed_and_the_ledger_is_complete(
+def test_a_sink_that_raises_is_reported_and_closed_and_the_ledger_is_complete(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, fail_on_close: bool
 ) -> None:
     flaky = Flaky(fail_at=3, fail_on_close=fail_on_close)
-    sink, ledger = SafeSink("flaky", lambda: flaky), Ledger(tmp_path)
+    sink, ledger = SafeSink("flaky", lambda: flaky, tmp_path), Ledger(tmp_path)
     with caplog.at_level(logging.WARNING):
         for step in range(5):
             sink.log(ledger.append(step, "train", {"train/loss": 1.0}))
-        sink.finish({})
+        assert (len(flaky.rows), flaky.closed) == (2, 1)
+        sink.finish({})  # once more, in vain
     assert len(read(tmp_path / "metrics.jsonl")) == 5
-    assert (len(flaky.rows), flaky.closed) == (2, 1)
-    (record,) = caplog.records
-    assert "flaky failed" in record.getMessage()
-    assert "no route to host, key [redacted]" in record.getMessage()
+    assert (len(flaky.rows), flaky.closed) == (2, 2)
+    first, last = (record.getMessage() for record in caplog.records)
+    assert "flaky failed and is left alone until the run ends" in first
+    assert "flaky failed and is left alone for good" in last
+    assert all("no route to host, key [redacted]" in one for one in (first, last))
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("broken", ["from the start", "on the way", "at a table"])
+def test_what_a_sink_missed_is_shown_at_the_end_from_the_ledger(tmp_path: Path, broken: str) -> None:
+    """Whatever fails, it is back at the end: between the two, or three, of them every row is there once."""
+    made: list[Flaky] = []
+
+    def build() -> Flaky:
+        if broken == "from the start" and not made:
+            made.append(Flaky())
+            raise ConnectionError("no route")
+        at_a_table = broken == "at a table" and not made
+        made.append(Flaky(fail_at=3 if broken == "on the way" and not made else 10**9, fail_on_close=at_a_table))
+        return made[-1]
+
+    sink, ledger, kept = SafeSink("flaky", build, tmp_path), Ledger(tmp_path), []
+    for step in range(5):
+        for kind in ("train", "eval"):
+            kept.append(ledger.append(step, kind, {"train/loss": float(step), "time/seconds": 2.0 * step}))
+            sink.log(kept[-1])
+    sink.table("samples", ["prompt"], [["a"]])
+    sink.finish({"eval/win_rate": 0.5})
+    first, second = made
+    assert first.rows + second.rows == kept
+    assert len(first.rows) == {"from the start": 0, "on the way": 2, "at a table": 10}[broken]
+    assert (first.tables, second.tables) == ([], [("samples", ["prompt"], [["a"]])])
+    assert second.closed == 1
 
 
 def test_a_sink_that_cannot_be_built_is_reported_and_ignored(caplog: pytest.LogCaptureFixture) -> None:
     def build() -> Flaky:
         raise RuntimeError("no key")
 
-    sink = SafeSink("flaky", build)
+    sink = SafeSink("flaky", build, Path())
     sink.log({"step": 1, "kind": "train"})
     sink.finish({})
-    assert len(caplog.records) == 1
+    assert len(caplog.records) == 2  # at the start and once more at the end
 
 
 def test_an_interrupt_passes_through_a_sink() -> None:
@@ -97,12 +128,12 @@ def test_an_interrupt_passes_through_a_sink() -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        SafeSink("interrupted", Interrupted).log({"step": 1, "kind": "train"})
+        SafeSink("interrupted", Interrupted, Path()).log({"step": 1, "kind": "train"})
 
 
-def test_a_working_sink_gets_every_row_and_the_summary() -> None:
+def test_a_working_sink_gets_every_row_and_the_summary(tmp_path: Path) -> None:
     inner = Flaky()
-    sink = SafeSink("inner", lambda: inner)
+    sink = SafeSink("inner", lambda: inner, tmp_path)
     sink.log({"step": 1, "kind": "train"})
     sink.table("samples", ["prompt"], [["a"]])
     sink.finish({"eval/win_rate": 0.5})
@@ -110,13 +141,15 @@ def test_a_working_sink_gets_every_row_and_the_summary() -> None:
     assert inner.tables == [("samples", ["prompt"], [["a"]])]
 
 
-def test_a_table_that_fails_is_reported_and_costs_the_run_nothing(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_table_that_fails_is_reported_and_costs_the_run_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     inner = Flaky(fail_on_close=True)
-    sink = SafeSink("inner", lambda: inner)
+    sink = SafeSink("inner", lambda: inner, tmp_path)
     sink.table("samples", ["prompt"], [["a"]])
     sink.finish({})
-    assert (inner.closed, len(caplog.records)) == (1, 1)
-    assert "no route for tables either" in caplog.text
+    assert (inner.closed, len(caplog.records)) == (2, 2)
+    assert caplog.text.count("no route for tables either") == 2
 
 
 def build(report_to: list[str], folder: Path, **changes: object) -> tuple[Sink, ...]:
@@ -153,9 +186,10 @@ def test_a_tracker_that_is_absent_is_refused_before_a_run_and_costs_a_running_on
     sink.log({"step": 1, "kind": "train"})
     sink.table("samples", ["prompt"], [["a"]])
     sink.finish({})
-    (record,) = caplog.records
-    assert f"{name} failed and is off" in record.getMessage()
-    assert "pip install" in record.getMessage()
+    for record in caplog.records:
+        assert f"{name} failed and is left alone" in record.getMessage()
+        assert "pip install" in record.getMessage()
+    assert len(caplog.records) == 2
 
 
 def test_a_folder_of_a_trackers_name_is_no_tracker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,10 +3,14 @@
 import json
 import logging
 import math
+import os
+import signal
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, final
 
 import pytest
@@ -15,12 +19,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from dpo import checkpoint
 from dpo import train as loop_module
 from dpo.batches import Plan
 from dpo.data import Example, prepare
 from dpo.data.prepare import DataConfig
 from dpo.errors import CheckpointError, TrainingError
 from dpo.losses import MovesReference, Objective, PairObjective
+from dpo.losses.bco import BCO
 from dpo.losses.dpo import DPO
 from dpo.losses.ipo import IPO
 from dpo.losses.kto import KTO
@@ -30,6 +36,7 @@ from dpo.metrics import AXES, METRICS, Row, read
 from dpo.model.base import Base, LanguageModel, LoRA, ModelConfig, load_base
 from dpo.model.reference import ReferenceLogps
 from dpo.sinks import Sink
+from dpo.stop import Stopped
 from dpo.train import Loop, Optimiser, Outcome, division, learning_rate, peak_memory, reset_peak_memory, train
 from dpo.types import LossOutput, PairLogps
 
@@ -201,6 +208,7 @@ def assert_same_bytes(first: Path, second: Path) -> None:
 # --- which examples, at which rate ---
 
 
+@pytest.mark.faults
 def test_every_example_comes_once_an_epoch_in_an_order_of_seed_and_epoch_alone() -> None:
     plan = Plan.of(20, 6, epochs=3, max_steps=None, seed=5)
     assert (plan.batch, plan.steps) == (6, 12)
@@ -406,6 +414,7 @@ def assert_close(first: Path, second: Path) -> None:
             assert one == pytest.approx(other, rel=1e-4, abs=2e-5)
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("objective", [DPO(), KTO()], ids=["dpo", "kto"])
 @pytest.mark.parametrize("layout", ["packed", "padded"])
 def test_a_step_is_the_same_however_it_is_divided(lab: Lab, tmp_path: Path, objective: Objective, layout: str) -> None:
@@ -428,6 +437,7 @@ def test_a_step_is_the_same_however_it_is_divided(lab: Lab, tmp_path: Path, obje
         assert_close(tmp_path / way, tmp_path / "examples")
 
 
+@pytest.mark.faults
 def test_out_of_memory_halves_the_micro_batch_and_nothing_else(
     lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -523,9 +533,18 @@ def test_without_a_terminal_a_line_now_and_then_says_how_far_it_is(
 
 @pytest.mark.parametrize(
     ("objective", "dropout"),
-    [(DPO(), 0.1), (KTO(), 0.0), (SFT(), 0.1), (Shifted(), 0.0), (Following(part=0.3, every=2), 0.1), (Sorted(), 0.1)],
-    ids=["DPO with dropout", "KTO", "SFT", "running mean", "moving reference", "coupled"],
+    [
+        (DPO(), 0.1),
+        (KTO(), 0.0),
+        (SFT(), 0.1),
+        (Shifted(), 0.0),
+        (BCO(), 0.0),
+        (Following(part=0.3, every=2), 0.1),
+        (Sorted(), 0.1),
+    ],
+    ids=["DPO with dropout", "KTO", "SFT", "running mean", "BCO", "moving reference", "coupled"],
 )
+@pytest.mark.faults
 def test_a_resumed_run_is_bit_for_bit_the_unbroken_one(
     lab: Lab, tmp_path: Path, objective: Objective, dropout: float
 ) -> None:
@@ -541,6 +560,7 @@ def test_a_resumed_run_is_bit_for_bit_the_unbroken_one(
     assert (outcome.progress.step, outcome.progress.examples_seen) == (6, 40)
 
 
+@pytest.mark.faults
 def test_a_damaged_newest_checkpoint_costs_time_only(
     lab: Lab, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -592,6 +612,147 @@ def test_a_checkpoint_of_another_run_is_refused(lab: Lab, tmp_path: Path) -> Non
         lab.run(tmp_path / "run", DPO(), identity={**IDENTITY, "data": "c"})
 
 
+# --- stops, and saves in time ---
+
+
+def saved(folder: Path) -> list[int]:
+    """The steps of which there is a checkpoint."""
+    return sorted(int(one.name.removeprefix("step-")) for one in (folder / "checkpoints").glob("step-*"))
+
+
+def send_at(step: int, *signals: signal.Signals) -> Callable[[LanguageModel, Row], None]:
+    def watch(model: LanguageModel, row: Row) -> None:
+        for one in signals if row["step"] == step and row["kind"] == "train" else ():
+            os.kill(os.getpid(), one)
+
+    return watch
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_finishes_the_step_saves_and_stops_and_the_run_goes_on_to_the_same_bits(
+    lab: Lab, tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    settings: dict[str, Any] = {"dropout": 0.1, "held_out": 4, "loop": replaced(LOOP, eval_steps=3, save_steps=4)}
+    lab.run(tmp_path / "whole", DPO(), **settings)
+    before = signal.getsignal(number)
+    with pytest.raises(Stopped, match=r"^stopped after step 3 of 6, which is saved\. The same command") as caught:
+        lab.run(tmp_path / "broken", DPO(), watch=send_at(3, number), **settings)
+    assert caught.value.exit_code == code
+    assert not isinstance(caught.value, Exception)  # nothing that puts up with failures takes it for one
+    assert signal.getsignal(number) is before
+    assert saved(tmp_path / "broken") == [3]
+    lab.run(tmp_path / "broken", DPO(), **settings)
+    assert_same_bytes(tmp_path / "whole", tmp_path / "broken")
+
+
+@pytest.mark.faults
+def test_a_second_signal_stops_at_once_and_what_was_saved_stays(lab: Lab, tmp_path: Path) -> None:
+    lab.run(tmp_path / "whole", DPO())
+    with pytest.raises(Stopped, match="stopped at once") as caught:
+        lab.run(tmp_path / "broken", DPO(), watch=send_at(3, signal.SIGINT, signal.SIGTERM))
+    assert caught.value.exit_code == 143
+    assert saved(tmp_path / "broken") == [2]
+    lab.run(tmp_path / "broken", DPO())
+    assert_same_bytes(tmp_path / "whole", tmp_path / "broken")
+
+
+@pytest.mark.faults
+def test_in_a_thread_training_leaves_signals_alone(lab: Lab, tmp_path: Path) -> None:
+    before, seen = signal.getsignal(signal.SIGTERM), []
+    loop = replaced(LOOP, max_steps=1)
+
+    def look(model: LanguageModel, row: Row) -> None:
+        seen.append(signal.getsignal(signal.SIGTERM))
+
+    thread = threading.Thread(target=lambda: lab.run(tmp_path, DPO(), loop=loop, watch=look))
+    thread.start()
+    thread.join()
+    assert seen == [before]
+    assert saved(tmp_path) == [1]
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(("minutes", "steps"), [(10, [2, 4, 6]), (None, [6])])
+def test_a_checkpoint_is_written_at_least_every_so_many_minutes_and_changes_no_bit(
+    lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, minutes: float | None, steps: list[int]
+) -> None:
+    """A step takes 5 minutes; the clock on the wall goes backwards all the while, which no duration shows."""
+    passed = [0.0]
+
+    def monotonic() -> float:
+        passed[0] += 1e-3
+        return passed[0]
+
+    def pass_time(model: LanguageModel, row: Row) -> None:
+        passed[0] += 300
+
+    loop = replaced(LOOP, save_steps=1000, save_total_limit=9)
+    lab.run(tmp_path / "by steps", DPO(), loop=replaced(loop, save_minutes=None), dropout=0.1)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop_module, "time", SimpleNamespace(monotonic=monotonic, time=lambda: -passed[0]))
+        timed = replaced(loop, save_minutes=minutes)
+        lab.run(tmp_path / "by time", DPO(), loop=timed, watch=pass_time, dropout=0.1)
+    assert saved(tmp_path / "by time") == steps
+    assert_same_bytes(tmp_path / "by steps", tmp_path / "by time")
+    seconds = [row["time/seconds"] for row in read(tmp_path / "by time" / "performance.jsonl")]
+    assert seconds == pytest.approx([300 * n for n in range(6)], abs=1)
+
+
+@pytest.mark.faults
+def test_a_save_that_the_disk_refuses_costs_that_save_alone(
+    lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One checkpoint is kept, and the disk is full at step 4: the one of step 2 stays, the one of step 6 follows it."""
+    loop, whole = replaced(LOOP, save_total_limit=1), checkpoint.save_file
+    lab.run(tmp_path / "whole", DPO(), loop=loop)
+    seen: dict[int, list[int]] = {}
+
+    def full(tensors: Any, path: Path) -> None:
+        if "step-00000004" in str(path):
+            path.write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        whole(tensors, path)
+
+    def look(model: LanguageModel, row: Row) -> None:
+        seen[int(row["step"])] = saved(tmp_path / "run")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with caplog.at_level(logging.WARNING, "dpo"):
+        outcome = lab.run(tmp_path / "run", DPO(), loop=loop, watch=look)
+    assert seen == {1: [], 2: [], 3: [2], 4: [2], 5: [2], 6: [2]}
+    assert saved(tmp_path / "run") == [6]
+    assert [one.name for one in (tmp_path / "run/checkpoints").iterdir()] == ["step-00000006"]
+    (said,) = [one for one in caplog.messages if "No space left" in one]
+    assert said.endswith("The training goes on, and saving is tried again.")
+    assert outcome.unsaved is None
+    assert_same_bytes(tmp_path / "whole", tmp_path / "run")
+
+
+@pytest.mark.faults
+def test_out_of_memory_in_evaluation_takes_smaller_batches_there_alone(
+    lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop = replaced(LOOP, eval_steps=3, per_device_eval_batch_size=4)
+    lab.run(tmp_path / "roomy", DPO(), loop=loop, held_out=6)
+    sound, sizes = loop_module.view, {True: [], False: []}
+
+    def cramped(model: LanguageModel, reference: Any, objective: Any, examples: Sequence[Example]) -> Any:
+        trains = torch.is_grad_enabled()
+        sizes[trains].append(len(examples))
+        if not trains and len(examples) > 2 and len(sizes[False]) > 1:  # the first is the look at the start
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return sound(model, reference, objective, examples)
+
+    monkeypatch.setattr(loop_module, "view", cramped)
+    lab.run(tmp_path / "cramped", DPO(), loop=loop, held_out=6)
+    assert sizes[True] == [4] * 10  # 8, 8 and 4 examples, twice
+    assert sizes[False] == [4, 4, 2, 2, 2, 2, 2, 2]  # found out once, kept
+    assert_close(tmp_path / "cramped", tmp_path / "roomy")
+    state = json.loads((tmp_path / "cramped/checkpoints/step-00000006/state.json").read_text())
+    assert state["progress"]["parts"] == 1
+
+
 # --- numbers that are not finite ---
 
 
@@ -614,6 +775,7 @@ def faulty(monkeypatch: pytest.MonkeyPatch) -> Callable[[Sequence[int]], None]:
     return at
 
 
+@pytest.mark.faults
 def test_a_nan_changes_no_weight_is_counted_and_the_run_goes_on(
     lab: Lab, tmp_path: Path, faulty: Callable[[Sequence[int]], None]
 ) -> None:
@@ -633,6 +795,37 @@ def test_a_nan_changes_no_weight_is_counted_and_the_run_goes_on(
     assert '"train/loss": "nan"' in (tmp_path / "run" / "metrics.jsonl").read_text()
 
 
+@pytest.mark.faults
+def test_an_infinite_gradient_changes_no_weight_and_names_the_rows(
+    lab: Lab, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The loss is a number, and its gradient is not."""
+    after: dict[int, list[Tensor]] = {}
+
+    def watch(model: LanguageModel, row: Row) -> None:
+        after[int(row["step"])] = weights(model)
+        first = next(iter(model.parameters()))
+        if row["step"] == 1:
+            handle.append(first.register_hook(lambda gradient: gradient * math.inf))
+        elif handle:
+            handle.pop().remove()
+
+    handle: list[Any] = []
+    outcome = lab.run(tmp_path / "run", DPO(), watch=watch)
+    second = rows(tmp_path / "run")[1]
+    assert math.isfinite(float(second["train/loss"]))
+    assert not math.isfinite(float(second["grad_norm"]))
+    assert all(torch.equal(a, b) for a, b in zip(after[1], after[2], strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(after[2], after[3], strict=True))
+    assert all(tensor.isfinite().all() for tensor in after[6])
+    assert outcome.progress.skipped == 1
+    found = lab.examples(DPO(), 20)
+    (said,) = [one for one in caplog.messages if "no update" in one]
+    batch = Plan.of(20, 8, LOOP.num_train_epochs, None, LOOP.seed).indices(1)
+    assert said.endswith("its rows: " + ", ".join(found[i].source for i in batch))
+
+
+@pytest.mark.faults
 def test_three_in_a_row_stop_the_run_and_name_the_rows(
     lab: Lab, tmp_path: Path, faulty: Callable[[Sequence[int]], None]
 ) -> None:
@@ -666,6 +859,7 @@ def test_steps_in_a_row_are_counted_across_a_resume(
 # --- the start ---
 
 
+@pytest.mark.faults
 def test_a_policy_that_is_not_its_reference_is_refused_before_the_first_update(
     lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

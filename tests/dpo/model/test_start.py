@@ -11,7 +11,7 @@ from dpo.losses.ipo import IPO
 from dpo.losses.kto import KTO
 from dpo.model.embedded import EMBEDDED
 from dpo.model.reference import ReferenceLogps
-from dpo.model.views import largest_drift, step_fields, view
+from dpo.model.views import drift, step_fields, view
 
 LN2 = math.log(2)
 CONSTANTS = {
@@ -70,7 +70,7 @@ def losses_at_the_start(model, examples, tolerance: float) -> None:
     for name, constant in CONSTANTS.items():
         objective = find(name)()
         record = scored(model, reference, objective, examples)
-        assert largest_drift(record) <= tolerance
+        assert drift(record) <= tolerance
         slope = 10.0 if name == "dpop" else max(1.0, constant)  # how much the loss makes of what is rounded
         assert objective(record).loss.item() == pytest.approx(constant, abs=slope * tolerance), name
 
@@ -88,7 +88,7 @@ def test_the_loss_starts_at_its_constant(start, perturb, wide_model_folder, even
     for objective, constant in ((DPO(), LN2), (IPO(), 1.0), (KTO(), 0.5)):
         broken = scored(model, ReferenceLogps(model), objective, even)
         assert (objective(broken).losses - constant).abs().max() > 0.01
-        assert largest_drift(broken) > 0.02
+        assert drift(broken) > 0.02
 
 
 @pytest.mark.slow

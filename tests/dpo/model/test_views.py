@@ -17,7 +17,7 @@ from dpo.model.views import (
     FreshReference,
     concatenate,
     keys,
-    largest_drift,
+    drift,
     policy_logps,
     score,
     step_fields,
@@ -259,18 +259,19 @@ def test_what_is_absent_stays_absent(model, examples):
 
 
 class TestDrift:
-    def test_it_is_the_largest_a_token_on_either_side(self, model, examples):
+    def test_it_is_the_mean_a_token_over_both_sides(self, model, examples):
         record = view(model, ReferenceLogps(model), DPO(), examples)
         still = replace(record, policy_chosen=record.reference_chosen, policy_rejected=record.reference_rejected)
-        assert largest_drift(still) == 0
+        assert drift(still) == 0
         moved = torch.tensor([0.0, -5.0, 1.0, 0.0])
-        assert largest_drift(replace(still, policy_chosen=record.reference_chosen + moved)) == pytest.approx(5 / 5)
-        assert largest_drift(replace(still, policy_rejected=record.reference_rejected + moved)) == pytest.approx(5 / 4)
+        tokens = (record.chosen_length.sum() + record.rejected_length.sum()).item()
+        assert drift(replace(still, policy_chosen=record.reference_chosen + moved)) == pytest.approx(6 / tokens)
+        assert drift(replace(still, policy_rejected=record.reference_rejected + moved)) == pytest.approx(6 / tokens)
 
     def test_judgements(self, model, examples):
         record = view(model, ReferenceLogps(model), KTO(), examples)
         moved = replace(record, policy=record.reference + torch.tensor([0.0, 0.0, -3.0, 0.0]))
-        assert largest_drift(moved) == pytest.approx(3 / 2)
+        assert drift(moved) == pytest.approx(3 / record.length.sum().item())
 
     def test_without_a_reference_there_is_none(self, model, examples):
-        assert largest_drift(view(model, ReferenceLogps(model), SFT(), examples)) == 0
+        assert drift(view(model, ReferenceLogps(model), SFT(), examples)) == 0
