@@ -11,9 +11,10 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, final
+from typing import TYPE_CHECKING, Any, Literal, final
 
 from dpo.data.check import BadRow, Drop
+from dpo.data.limits import LimitError, bounded
 from dpo.data.records import Message, Messages
 from dpo.errors import DataError
 
@@ -25,6 +26,11 @@ Overlong = Literal["drop", "truncate_prompt", "truncate_completion"]
 # Private-use characters: a mark stands for a special token's spelling while a template is rendered around it.
 _OPEN, _CLOSE, _PROBE = "\ue000", "\ue001", "\ue002"
 _MARK = re.compile(f"{_OPEN}(\\d+){_CLOSE}")
+
+# Bounds of one rendering, which takes about 0.1 ms: a template may be slow, but not without end.
+_SECONDS = 5.0
+_MEMORY = 2**30  # bytes; a thread that starts meanwhile takes some as well
+_FRAME, _GROWTH = 2**20, 8  # characters: what it may write around the turns, and of each of theirs
 
 
 @final
@@ -205,7 +211,7 @@ class Renderer:
         if not probe:
             raise DataError(
                 f"{self._name}: the chat template leaves the assistant's text out, expected it at the end of"
-                f" {full!r}. Set a chat template that renders assistant turns."
+                f" {full[-80:]!r}. Set a chat template that renders assistant turns."
             )
         space = len(tail) - len(tail.lstrip())
         end = self._special.match(tail, space)
@@ -223,7 +229,7 @@ class Renderer:
 
     @property
     def _name(self) -> str:
-        return str(self._tokenizer.name_or_path or "tokenizer")
+        return _name_of(self._tokenizer)
 
     def _text(self, messages: Messages, completion: str | None = None) -> str:
         """Render a prompt ready for generation, or with its completion; special tokens in the texts are marked."""
@@ -232,19 +238,9 @@ class Renderer:
         return self._templated(turns, answer) if self._tokenizer.chat_template else _plain(turns, answer)
 
     def _templated(self, turns: list[Message], answer: str | None) -> str:
-        from jinja2.exceptions import SecurityError, TemplateError
-
         turns = turns if answer is None else [*turns, Message("assistant", answer)]
         chat = [{"role": turn.role, "content": turn.content, **json.loads(turn.extra or "{}")} for turn in turns]
-        try:
-            text = self._tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=answer is None)
-        except SecurityError as error:
-            raise DataError(
-                f"{self._name}: the chat template does what no template may: {error}. Replace it."
-            ) from error
-        except TemplateError as error:
-            raise BadRow(Drop.TEMPLATE, str(error)) from error
-        return str(text)
+        return templated(self._tokenizer, chat, generation=answer is None)
 
     def _mark(self, text: str) -> str:
         return self._escape.sub(lambda found: f"{_OPEN}{self._number[found[0]]}{_CLOSE}", text)
@@ -273,6 +269,55 @@ class Renderer:
             f" (ending {full[-40:]!r}). Expected the first to be the start of the second, and the end"
             f" {self._frame.tail!r}. Set a chat template that renders a turn the same way whatever follows it."
         )
+
+
+def templated(tokenizer: "PreTrainedTokenizerBase", chat: list[dict[str, Any]], generation: bool) -> str:
+    """Return what the chat template, a program by others, writes: in its sandbox, and within bounds.
+
+    Args:
+        tokenizer: holds the template.
+        chat: the turns, as transformers takes them.
+        generation: whether it ends where an answer begins.
+
+    Raises:
+        BadRow: it refuses or fails on the conversation.
+        DataError: it reaches for what no template may, takes too long or too much memory, or writes too much.
+    """
+    from jinja2.exceptions import SecurityError, TemplateError
+
+    try:
+        with bounded(_SECONDS, _MEMORY):
+            text = str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=generation))
+    except SecurityError as error:
+        raise DataError(
+            f"{_name_of(tokenizer)}: the chat template does what no template may: {error}. Replace it."
+        ) from error
+    except LimitError as error:
+        raise DataError(
+            f"{_name_of(tokenizer)}: the chat template takes {error} for one conversation, expected a thousandth of it."
+            " Replace it."
+        ) from error
+    except (
+        TemplateError,
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        RecursionError,
+        TypeError,
+        ValueError,
+    ) as error:
+        raise BadRow(Drop.TEMPLATE, str(error) or type(error).__name__) from error
+    given = sum(len(value) for turn in chat for value in turn.values() if isinstance(value, str))
+    if len(text) > _FRAME + _GROWTH * given:
+        raise DataError(
+            f"{_name_of(tokenizer)}: the chat template makes {len(text):,} characters of {given:,}, expected little"
+            " more than it is given. Replace it."
+        )
+    return text
+
+
+def _name_of(tokenizer: "PreTrainedTokenizerBase") -> str:
+    return str(tokenizer.name_or_path or "tokenizer")
 
 
 def _plain(turns: list[Message], answer: str | None) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 
 from dpo.data.check import BadRow
 from dpo.data.records import Preference
-from dpo.data.render import Rendered, Renderer, own_bos, special_tokens
+from dpo.data.render import Rendered, Renderer, own_bos, special_tokens, templated
 from dpo.data.statistics import Lengths
 from dpo.errors import DataError
 from dpo.estimates import Estimate, share
@@ -176,8 +176,6 @@ def _spelled(
 
 def _template_findings(tokenizer: "PreTrainedTokenizerBase") -> list[Finding]:
     """Return the faults that a one-turn conversation shows; those that stop the renderer it reports itself."""
-    from jinja2.exceptions import TemplateError
-
     if not tokenizer.chat_template:
         return [
             Finding(
@@ -187,9 +185,9 @@ def _template_findings(tokenizer: "PreTrainedTokenizerBase") -> list[Finding]:
         ]
     chat: list[dict[str, Any]] = [{"role": "user", "content": "Hello"}]
     try:
-        asked = str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
-        alone = str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=False))
-    except TemplateError:
+        asked = templated(tokenizer, chat, generation=True)
+        alone = templated(tokenizer, chat, generation=False)
+    except (BadRow, DataError):
         return []  # the renderer says so
     findings = []
     if asked == alone:

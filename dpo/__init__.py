@@ -1,6 +1,7 @@
 """dpo-lab: one preference dataset, any objective, one base model on one GPU, and an honest comparison.
 
-The names below are imported on first use: `import dpo` costs nothing, `from dpo import Run` what it needs.
+The names below are imported on first use: `import dpo` costs nothing, `from dpo import Run` what it needs. The commands
+as functions are in `dpo.api`: `from dpo.api import train, compare, evaluate, chat, export, card`.
 """
 
 from importlib import import_module
@@ -9,10 +10,13 @@ from typing import TYPE_CHECKING, Any
 from dpo.errors import CheckpointError, ConfigError, DataError, DPOError, ModelError, RewardError, TrainingError
 
 if TYPE_CHECKING:
+    from dpo.api import Compared
+    from dpo.chat import Conversation, Manner
     from dpo.compare import Wanted, run_comparison
-    from dpo.data import DataConfig, Preference
+    from dpo.data import DataConfig, Message, Preference
     from dpo.evaluate import evaluate_run
     from dpo.evaluation.records import Comparison
+    from dpo.export import Exported
     from dpo.losses import Objective
     from dpo.model.base import ModelConfig
     from dpo.run import Result, execute
@@ -23,14 +27,19 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CheckpointError",
+    "Compared",
     "Comparison",
     "ConfigError",
+    "Conversation",
     "DPOError",
     "DataConfig",
     "DataError",
+    "Exported",
     "JudgementLogps",
     "Loop",
     "LossOutput",
+    "Manner",
+    "Message",
     "ModelConfig",
     "ModelError",
     "Objective",
@@ -54,10 +63,13 @@ __all__ = [
 ]
 
 _ROOMS = {
+    "dpo.api": ("Compared",),
+    "dpo.chat": ("Conversation", "Manner"),
     "dpo.compare": ("Wanted", "run_comparison"),
-    "dpo.data": ("DataConfig", "Preference"),
+    "dpo.data": ("DataConfig", "Message", "Preference"),
     "dpo.evaluate": ("evaluate_run",),
     "dpo.evaluation.records": ("Comparison",),
+    "dpo.export": ("Exported",),
     "dpo.losses": ("Objective",),
     "dpo.model.base": ("ModelConfig",),
     "dpo.run": ("Result", "execute"),

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dpo.data_cli import OVERRIDES, Debug, data_app
+from dpo.model_cli import model_app
 
 if TYPE_CHECKING:
     from dpo.settings import Run
@@ -20,6 +21,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(data_app, name="data")
+app.add_typer(model_app)  # dpo export, dpo chat, dpo card
 
 
 @app.command(
@@ -66,9 +68,9 @@ def _show_plans(runs: "Sequence[Run]", gpu: str | None) -> None:
     from rich.console import Console
 
     from dpo.losses import MovesReference
+    from dpo.measure import reward_roles
     from dpo.model.base import choose_device
     from dpo.model.memory import RANKED, Card, Roles, SamplingSize, plan_memory
-    from dpo.rewards import ModelTerm
     from dpo.settings import PREVIOUS, STAGE
 
     card = Card.here(choose_device(runs[0].model.device)) if gpu is None else Card.named(gpu)
@@ -81,11 +83,10 @@ def _show_plans(runs: "Sequence[Run]", gpu: str | None) -> None:
             config = run.model.model_copy(update={"adapter": earlier.adapter, "lora": earlier.lora})
         stages[run.name] = config
         objective, rollout = run.objective.build(), run.rollout
-        terms = () if rollout is None else rollout.rewards
         roles = Roles(
             frozen_adapter=continues and config.reference == "start",
             moving=isinstance(objective, MovesReference),
-            rewards=sum(len(term.folders) for term in terms if isinstance(term, ModelTerm)),
+            rewards=len(reward_roles(run)),
             value=objective.needs_values,
             reward=run.trains_reward,
         )
@@ -132,8 +133,8 @@ def compare_command(
 ) -> None:
     """Train several objectives from one start under one budget; end in one report. Run again, it goes on.
 
-    key=value settings hold for all of them. Without data.train it is the embedded task. A language model judges the
-    answers with judge.base_url=URL judge.model=NAME.
+    key=value settings hold for all of them, ENTRY.key=value for one alone. Without data.train it is the embedded task.
+    A language model judges the answers with judge.base_url=URL judge.model=NAME.
     """
     from dpo.compare import Wanted, read_judge, rebuild, run_comparison, show_comparison
     from dpo.run import speaking

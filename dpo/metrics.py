@@ -226,6 +226,14 @@ METRICS: Mapping[str, Metric] = _index(
             better="higher",
         ),
         Metric(
+            "eval/proxy_reward",
+            "reward",
+            "Mean over the same prompts of what a reward model says of the completion: that of "
+            "evaluation.reward_model, or else the learned part of the reward that the run was trained on, on a scale "
+            "of its own. It goes on rising while the gold reward falls when the policy exploits it.",
+            better="higher",
+        ),
+        Metric(
             "eval/length",
             "tokens",
             "Mean length over the evaluation prompts of one completion sampled from the policy.",
@@ -266,6 +274,12 @@ METRICS: Mapping[str, Metric] = _index(
             "Mean over documents of plain text of the negative log-prob a token (log perplexity): the alignment tax "
             "where it rises above the start's.",
             better="lower",
+        ),
+        Metric(
+            "eval/harness",
+            "share, 0 to 1",
+            "Mean over the items of the lm-eval tasks of what each earns by its task's first metric, such as acc.",
+            better="higher",
         ),
         Metric(
             "eval/win_rate",

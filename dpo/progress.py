@@ -17,7 +17,7 @@ def bar(*, total: int, name: str, unit: str, done: int = 0, shown: bool = True) 
         done: how many are done already.
         shown: False: never.
     """
-    drawn = widget if in_notebook() and find_spec("ipywidgets") is not None else tqdm
+    drawn: Any = widget if in_notebook() and find_spec("ipywidgets") is not None else tqdm
     hidden = not shown or (False if in_notebook() else None)  # None: seen where the stream is a terminal
     return drawn(total=total, initial=done, desc=name, unit=unit, disable=hidden)
 

@@ -2,12 +2,14 @@
 
 A run's folder holds run.yaml (the resolved settings), data.json (what became of the rows), metrics.jsonl and
 performance.jsonl, checkpoints/, adapter/ and, once it is finished, samples.jsonl (its own answers), pairs.jsonl (how
-far it moved on each held-out pair), probes.json (where probes were asked for) and summary.json.
+far it moved on each held-out pair), probes.json (where probes were asked for), README.md (the card) and summary.json.
 """
 
 import hashlib
 import json
 import logging
+import os
+import platform
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -19,19 +21,32 @@ from typing import Any, final
 from filelock import FileLock, Timeout
 
 from dpo import checkpoint
+from dpo.card import CARD_FILE, card, versions
 from dpo.cautions import cautions
 from dpo.data import Checked, Example, Prepared, check, held_out_pairs, prepare
-from dpo.errors import CheckpointError, ConfigError, DataError, DPOError, TrainingError
+from dpo.errors import CheckpointError, ConfigError, DataError, DPOError, ModelError, TrainingError
 from dpo.evaluation.achieved import Achieved
-from dpo.evaluation.probes import check_probes
 from dpo.losses import MovesReference, Objective
-from dpo.measure import achieved_by, all_measures, group_report, reward_report, rows_of, speak_for
+from dpo.measure import (
+    REWARD,
+    achieved_by,
+    all_measures,
+    check_reward_model,
+    frozen,
+    group_report,
+    proxy_of,
+    proxy_roles,
+    reward_report,
+    reward_roles,
+    rows_of,
+    speak_for,
+)
 from dpo.metrics import CUSTOM
+from dpo.mirror import ADAPTER, Mirror
 from dpo.model.base import (
     Base,
     LanguageModel,
     ModelConfig,
-    Role,
     ScalarRole,
     check_adapter,
     check_scalar,
@@ -39,6 +54,7 @@ from dpo.model.base import (
     load_base,
     load_tokenizer,
 )
+from dpo.model.halving import Halving
 from dpo.model.memory import Roles, must_checkpoint
 from dpo.model.reference import ReferenceLogps
 from dpo.model.rollout import sample
@@ -48,14 +64,12 @@ from dpo.rewards import Function, ModelTerm, Reward, build
 from dpo.settings import PREVIOUS, STAGE, Recipe, Run, check_stages, plan, read_overrides, read_run
 from dpo.sinks import SAMPLE_COLUMNS, SAMPLES, check_available, figures, sinks
 from dpo.sources import Judges
+from dpo.stop import Stopped, terminable
 from dpo.train import OnPolicy, Outcome, division, peak_memory, reset_peak_memory, train
 
 log = logging.getLogger("dpo")
 
-RUN_FILE, DATA_FILE, SUMMARY_FILE, ADAPTER = "run.yaml", "data.json", "summary.json", "adapter"
-
-REWARD: Role = "reward"
-"""Of a reward model; the further members of an ensemble are reward-2, reward-3, ..."""
+RUN_FILE, DATA_FILE, SUMMARY_FILE = "run.yaml", "data.json", "summary.json"
 
 REFERENCE_SAMPLES = 64
 """Completions of the reference that a reward model's scores are normalised on."""
@@ -73,6 +87,12 @@ class Result:
     achieved: Achieved
     """What was measured on the policy; nothing on a reward model."""
 
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows."""
+        from dpo.evaluation.report.notebook import result_view
+
+        return result_view(f"{self.run.name} ({self.run.objective.name})", self.summary, self.folder)
+
 
 @final
 @dataclass(frozen=True)
@@ -88,6 +108,8 @@ class _Stage:
     """For an objective that learns from them beside sampled completions."""
     pairs: Sequence[Example] = ()
     """Held-out pairs, whatever the objective's own view."""
+    mirror: Mirror | None = None
+    """Keeps the second copy."""
 
     @property
     def identity(self) -> dict[str, str]:
@@ -128,7 +150,7 @@ def execute(
     _refuse_evaluation_sets(checked)
     for run in runs:
         check_available(run.output.report_to)
-        check_probes(run.evaluation.choices, run.evaluation.sycophancy, run.evaluation.text)
+        run.evaluation.probes.check()
     tokenizer = base.tokenizer if base is not None else load_tokenizer(runs[0].model)
     stages: list[_Stage] = []
     for run, folder in zip(runs, folders, strict=True):
@@ -138,17 +160,22 @@ def execute(
         _refuse_soft_labels(objective, prepared)
         shown = prepare(checked, tokenizer, "demonstrations").train if objective.needs_demonstrations else ()
         pairs = held_out_pairs(checked, tokenizer)
-        stages.append(_Stage(resolved, folder, objective, checked, prepared, shown, pairs))
+        stages.append(_Stage(resolved, folder, objective, checked, prepared, shown, pairs, _mirror(run, folder)))
     with only_process(root):
         for stage in stages:
-            _refuse_another_run(stage)
+            _refuse_another_run(stage, stage.folder)
+            if stage.mirror is not None:
+                _refuse_another_run(stage, stage.mirror.place)
         results: list[Result] = []
         for stage in stages:
+            if stage.mirror is not None and not (stage.folder / RUN_FILE).exists():
+                stage.mirror.restore()
             if (stage.folder / SUMMARY_FILE).exists():
                 log.info("%s is finished: %s", stage.run.name, stage.folder)
                 results.append(read_result(stage.folder))
                 continue
             base = base or load_base(stage.run.model)  # may fail, so before anything is written
+            _refuse_damaged(base)
             _claim(stage)
             results.append(_carry_out(stage, base))
     return results
@@ -170,6 +197,7 @@ def _resolve(run: Run, folder: Path, earlier: Sequence[_Stage]) -> Run:
         check_scalar(name, run.model.name) if scalar else check_adapter(name)
         return name
 
+    check_reward_model(run)
     changes: dict[str, Any] = {
         "model": {"adapter": place(run.model.adapter, scalar=False)},
         "output": {"dir": str(folder)},
@@ -235,17 +263,20 @@ def only_process(folder: Path) -> Iterator[None]:
     """Hold `folder`, made where it is absent, for this process.
 
     Raises:
-        ConfigError: it cannot be made or written.
+        ConfigError: it cannot be made or written, or a link in it leads out of it.
         TrainingError: another process trains there. A killed one holds nothing.
     """
     lock = FileLock(folder / ".lock", blocking=False)
     made = [one for one in (folder, *folder.parents) if not one.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        _refuse_links_out(folder)
         lock.acquire()
+        Path(lock.lock_file).write_text(f"process {os.getpid()} on {platform.node()}", encoding="utf-8")
     except Timeout as error:
+        holder = Path(lock.lock_file).read_text(encoding="utf-8", errors="replace") or "another process"
         raise TrainingError(
-            f"{folder}: another process is training there. Wait for it, or give another folder with output.dir=."
+            f"{folder}: {holder} is training there. Wait for it, or give another folder with output.dir=."
         ) from error
     except OSError as error:
         raise ConfigError(
@@ -263,6 +294,16 @@ def only_process(folder: Path) -> Iterator[None]:
                     one.rmdir()
 
 
+def _refuse_links_out(folder: Path) -> None:
+    root = folder.resolve()
+    for entry in folder.rglob("*"):
+        if entry.is_symlink() and not entry.resolve().is_relative_to(root):
+            raise ConfigError(
+                f"{entry}: is a link to {entry.resolve()}, expected everything within {folder}: what a run writes "
+                "stays in its own folder. Remove the link, or give another output.dir=."
+            )
+
+
 def _carry_out(stage: _Stage, base: Base) -> Result:
     run, folder, prepared = stage.run, stage.folder, stage.prepared
     reset_peak_memory(base.device)
@@ -271,9 +312,10 @@ def _carry_out(stage: _Stage, base: Base) -> Result:
         for caution in cautions(stage.objective, prepared.train, run.loop.batch):
             log.warning("%s", caution)
     held = f"reference is {model.reference_is}" if "policy" in model.trained else "a reward model"
+    proxy = None if run.trains_reward else proxy_of(run, model)
 
     def listen() -> dict[str, float]:
-        spoken = speak_for(run, model, stage.checked)
+        spoken = speak_for(run, model, stage.checked, proxy=proxy)
         return {} if spoken is None else {name: one.value for name, one in spoken.estimates().items()}
 
     log.info("%s: %d examples, %s", run.name, len(prepared.train), held)
@@ -301,21 +343,30 @@ def _carry_out(stage: _Stage, base: Base) -> Result:
             on_policy=_on_policy(stage, model),
             listen=None if run.evaluation.sample_steps is None or run.trains_reward else listen,
             listen_steps=run.evaluation.sample_steps,
+            mirror=stage.mirror,
         )
         scale = _normalised(stage, model) if run.trains_reward else None
         (folder / ADAPTER).mkdir(exist_ok=True)
         model.save(folder / ADAPTER, model.trained[0])
-        achieved = Achieved() if run.trains_reward else achieved_by(run, model, stage.checked, stage.pairs)
+        achieved = Achieved() if run.trains_reward else achieved_by(run, model, stage.checked, stage.pairs, proxy=proxy)
         summary = {**_summarise(stage, model, outcome, achieved), **({} if scale is None else scale)}
     finally:
         if run.model.lora is not None:
             model.release()
     achieved.write(folder)
+    checkpoint.atomic_write_text(folder / CARD_FILE, card(run, folder, redact(summary)))
     checkpoint.atomic_write_text(folder / SUMMARY_FILE, json.dumps(redact(summary), indent=2) + "\n")
     for sink in shown:
         if achieved.spoken is not None:
             sink.table(SAMPLES, SAMPLE_COLUMNS, rows_of(achieved.spoken))
         sink.finish(figures(summary["measures"]))
+    if stage.mirror is not None:
+        stage.mirror.update()
+    if outcome.unsaved is not None:
+        raise CheckpointError(
+            f"{folder}: the training is finished and its adapter and results are written, but not one checkpoint could "
+            f"be on the way: {outcome.unsaved}"
+        )
     return Result(run, folder, summary, achieved)
 
 
@@ -340,23 +391,30 @@ def read_result(folder: Path) -> Result:
     return Result(run, folder, _read_json(folder / SUMMARY_FILE), Achieved.read(folder))
 
 
+def read_last_stage(folder: Path) -> Result:
+    """Return what the last stage of a finished recipe left: the run itself where there is one stage.
+
+    Raises:
+        ConfigError: there is no run, or its last stage is not finished.
+        CheckpointError: a file in it is damaged.
+    """
+    stages = stage_folders(folder)
+    if stages and not (stages[-1] / SUMMARY_FILE).is_file():
+        unfinished = stages[-1] / RUN_FILE
+        raise ConfigError(f"{stages[-1]}: this run is not finished. Let it end first: dpo train {unfinished}.")
+    return read_result(stages[-1] if stages else folder)
+
+
 def _start(stage: _Stage, base: Base) -> LanguageModel:
     """Put the roles that the stage needs on the base."""
     run, config = stage.run, _within_memory(stage, base)
     moving = isinstance(stage.objective, MovesReference)
     if run.trains_reward:
         return LanguageModel.start(base, config, run.loop.seed, scalars=[ScalarRole(REWARD, None, True)], policy=False)
-    scalars = [ScalarRole(name, folder, False) for name, folder in _reward_roles(run).items()]
+    scalars = frozen(reward_roles(run))
     if stage.objective.needs_values and run.rollout is not None:
         scalars.append(ScalarRole("value", run.rollout.value, True))
     return LanguageModel.start(base, config, run.loop.seed, moving, scalars)
-
-
-def _reward_roles(run: Run) -> dict[Role, str]:
-    """Return the folders of the run's reward models by the names of their roles."""
-    terms = () if run.rollout is None else (*run.rollout.rewards, *run.rollout.watch)
-    folders = [folder for term in terms if isinstance(term, ModelTerm) for folder in term.folders]
-    return {REWARD if n == 1 else f"{REWARD}-{n}": folder for n, folder in enumerate(folders, start=1)}
 
 
 def _on_policy(stage: _Stage, model: LanguageModel) -> OnPolicy | None:
@@ -364,7 +422,7 @@ def _on_policy(stage: _Stage, model: LanguageModel) -> OnPolicy | None:
     config = stage.run.rollout
     if config is None:
         return None
-    names = iter(_reward_roles(stage.run))
+    names = iter(reward_roles(stage.run))
     learned: list[LearnedReward] = []
 
     def role_of(term: ModelTerm) -> Reward:
@@ -395,6 +453,7 @@ def _normalised(stage: _Stage, model: LanguageModel) -> dict[str, Any]:
         max_new_tokens=evaluation.max_new_tokens,
         seed=evaluation.seed,
         progress="reference samples",
+        backend=Halving(),
     )
     before, deviation = normalise(model, model.trained[0], [(one.prompt, one.completion) for one in samples])
     return {"normalised_on_reference": {"samples": len(samples), "mean": before, "deviation": deviation}}
@@ -416,7 +475,7 @@ def _within_memory(stage: _Stage, base: Base) -> ModelConfig:
         tokens += limits.largest(stage.demonstrations)
     roles = Roles(
         moving=isinstance(stage.objective, MovesReference),
-        rewards=len(_reward_roles(run)),
+        rewards=len(reward_roles(run)),
         value=stage.objective.needs_values,
         reward=run.trains_reward,
     )
@@ -426,16 +485,41 @@ def _within_memory(stage: _Stage, base: Base) -> ModelConfig:
     return config.model_copy(update={"gradient_checkpointing": on})
 
 
-def _refuse_another_run(stage: _Stage) -> None:
+def _mirror(run: Run, folder: Path) -> Mirror | None:
+    """Return what keeps the second copy of a run, or None where none is asked for.
+
+    Raises:
+        ConfigError: as `Mirror`.
+    """
+    if run.output.mirror is None:
+        return None
+    return Mirror(folder, Path(run.output.mirror), run.loop.save_total_limit, last=(RUN_FILE, SUMMARY_FILE))
+
+
+def _refuse_damaged(base: Base) -> None:
+    """Refuse a base whose weights are no numbers: nothing that is trained on it could be one.
+
+    Raises:
+        ModelError: names the first such tensor.
+    """
+    for name, tensor in base.network.named_parameters():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise ModelError(
+                f"model.name={base.name!r}: its weight {name} holds values that are not finite. Copy the model again, "
+                "or give a wider model.dtype."
+            )
+
+
+def _refuse_another_run(stage: _Stage, folder: Path) -> None:
     """Refuse a folder that holds a run with other settings or other data; nothing is written.
 
     Raises:
         ConfigError: lists the settings that differ, with both values.
         CheckpointError: the content of the data differs.
     """
-    if not (stage.folder / RUN_FILE).exists():
+    if not (folder / RUN_FILE).exists():
         return
-    (there,) = read_run(stage.folder / RUN_FILE, {})
+    (there,) = read_run(folder / RUN_FILE, {})
     ours, theirs = stage.run.decisive(), there.decisive()
     if different := [
         f"{key} ({theirs.get(key)!r} there, {ours.get(key)!r} here)"
@@ -443,13 +527,13 @@ def _refuse_another_run(stage: _Stage) -> None:
         if ours.get(key) != theirs.get(key)
     ]:
         raise ConfigError(
-            f"{stage.folder}: holds a run with other settings: {'; '.join(different)}. Give another folder with "
+            f"{folder}: holds a run with other settings: {'; '.join(different)}. Give another folder with "
             "output.dir=, or these settings."
         )
-    file = stage.folder / DATA_FILE
+    file = folder / DATA_FILE
     if file.exists() and _read_json(file)["fingerprint"] != stage.prepared.fingerprint:
         raise CheckpointError(
-            f"{stage.folder}: holds a run on other data: {stage.run.data.train} has changed since it was started. Put "
+            f"{folder}: holds a run on other data: {stage.run.data.train} has changed since it was started. Put "
             "the data back as it was, or give another folder with output.dir=."
         )
 
@@ -492,9 +576,12 @@ def _stage_names(runs: Sequence[Run]) -> list[str]:
 
 def measure_start(run: Run, base: Base, checked: Checked) -> Achieved:
     """Measure the reference as the run's policy will be measured after its training; it has not moved on any pair."""
-    model = LanguageModel.start(base, run.model, run.loop.seed)
+    given = run.evaluation.reward_model is not None
+    scalars = frozen(proxy_roles(run)) if given else []  # a run's own reward model may not be trained yet
+    model = LanguageModel.start(base, run.model, run.loop.seed, scalars=scalars)
     try:
-        return achieved_by(run, model, checked, pairs=(), role="reference")
+        proxy = proxy_of(run, model) if given else None
+        return achieved_by(run, model, checked, pairs=(), role="reference", proxy=proxy)
     finally:
         model.release()
 
@@ -516,6 +603,7 @@ def _summarise(stage: _Stage, model: LanguageModel, outcome: Outcome, achieved: 
         "seconds": round(outcome.progress.seconds, 2),
         "memory_peak_bytes": peak_memory(model.device),
         "data_fingerprint": stage.prepared.fingerprint,
+        "versions": versions(),
         "measures": all_measures(objective, outcome.evaluated, achieved),
         **reward_report(outcome.evaluated),
         **group_report(achieved),
@@ -541,7 +629,7 @@ def speaking(debug: bool = False) -> Iterator[None]:
     Modules of the current folder can be named from here on (objective=my_module:Class); installed ones come first.
 
     Raises:
-        SystemExit: with the error's exit code, or 130 when interrupted.
+        SystemExit: with the error's exit code; with 130 when interrupted, 143 when terminated.
     """
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
     log.setLevel(logging.DEBUG if debug else logging.INFO)
@@ -549,12 +637,16 @@ def speaking(debug: bool = False) -> Iterator[None]:
     before = list(sys.path)
     try:
         sys.path.append(str(Path.cwd()))
-        yield
+        with terminable():
+            yield
     except (DPOError, OSError) as error:
         if debug:
             raise
         print(f"error: {redact_text(str(error))}", file=sys.stderr)
         raise SystemExit(error.exit_code if isinstance(error, DPOError) else 1) from error
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        raise SystemExit(stopped.exit_code) from stopped
     except KeyboardInterrupt as error:
         print("stopped. The same command goes on from the last checkpoint.", file=sys.stderr)
         raise SystemExit(130) from error

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import Field as DataclassField
 from dataclasses import fields
 from difflib import get_close_matches
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Self, final
@@ -23,9 +24,11 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 from dpo import losses
 from dpo.data import DataConfig
 from dpo.errors import ConfigError, nearest
+from dpo.evaluation.probes import Probes
 from dpo.losses import Objective, Part, RankingObjective, RolloutObjective
 from dpo.losses.objective import Number
 from dpo.model.base import ModelConfig
+from dpo.redact import holds_secret
 from dpo.rewards import ModelTerm, find_reward
 from dpo.sinks import Tracker
 from dpo.sources import ON_POLICY, RolloutConfig
@@ -39,6 +42,12 @@ PREVIOUS = "previous"
 
 STAGE = "stage:"
 """Likewise, before a stage's name: the adapter of that earlier stage."""
+
+LONGEST = 2**20
+"""Most characters of a run file: written by hand or by a run, none comes near."""
+
+SAVING = ("loop.save_steps", "loop.save_minutes", "loop.save_total_limit")
+"""How often a run is saved: no bit of its results depends on it."""
 
 BASE_SETTINGS = ("name", "revision", "dtype", "quantization", "attn_implementation", "layout", "device")
 """What the one base of all stages is loaded by."""
@@ -109,10 +118,14 @@ def _value(hint: Any, given: Any, place: str) -> Any:
     try:
         # Strict for what is one value: true is no number, and no text is.
         value = TypeAdapter(hint).validate_python(given, strict=isinstance(given, bool | int | float | str))
+        return float(value) if hint == Number else value  # 1 and 1.0 are one setting, with one hash
     except ValidationError as error:
         first = error.errors()[-1]
-        raise ConfigError(f"{place}: {first['msg']}, got {given!r}") from error
-    return float(value) if hint == Number else value  # 1 and 1.0 are one setting, with one hash
+        raise ConfigError(f"{place}: {first['msg']}, got {given!r:.200}") from error
+    except OverflowError as error:
+        raise ConfigError(
+            f"{place}: got a number of {len(str(given))} digits, expected one that float64 holds"
+        ) from error
 
 
 def _is_part(given: Any) -> bool:
@@ -147,6 +160,13 @@ def written(value: Any) -> str:
     )
 
 
+def several(given: Any) -> Any:
+    """Return "a,b" as ("a", "b"), and anything else as it is."""
+    if isinstance(given, str):
+        return tuple(part.strip() for part in given.split(",") if part.strip())
+    return given
+
+
 @final
 class Evaluation(BaseModel):
     """What is measured on the policy's own samples after training; held-out examples are always scored."""
@@ -155,6 +175,9 @@ class Evaluation(BaseModel):
 
     gold: str | None = None
     """A known true reward, package.module:function over (prompt, completion); null for none."""
+    reward_model: str | None = None
+    """A reward model that scores the answers beside the gold reward: its adapter/ folder, of the same base. Null: a run
+    that learns from reward models is scored by these, any other by none."""
     prompts: str | None = None
     """A file of prompts to sample for (null: those of the held-out examples)."""
     max_prompts: Annotated[int, Field(ge=0)] = 32
@@ -174,6 +197,20 @@ class Evaluation(BaseModel):
     """A file of questions, or built-in: does the answer turn to what the user says they believe?"""
     text: str | None = None
     """A file of plain text that is trained on nowhere: how well is it still predicted (the alignment tax)?"""
+    harness: tuple[str, ...] = ()
+    """Tasks of lm-eval, by name or YAML file, such as arc_easy: what is left of what the model could do before?"""
+    harness_limit: Annotated[int, Field(ge=1)] | None = None
+    """The first so many items of each of those tasks (null: all)."""
+
+    @property
+    def probes(self) -> Probes:
+        """What is to be probed."""
+        return Probes(self.choices, self.sycophancy, self.text, self.harness, self.harness_limit)
+
+    @field_validator("harness", mode="before")
+    @classmethod
+    def _tasks(cls, given: Any) -> Any:
+        return several(given)
 
     @field_validator("gold")
     @classmethod
@@ -191,6 +228,9 @@ class Output(BaseModel):
 
     dir: str | None = None
     """Folder of the run (null: runs/NAME-HASH, where the hash is of the settings: equal settings, equal folder)."""
+    mirror: str | None = None
+    """A folder that is there, on another disk: checkpoints, adapter and results are copied below it after every save.
+    Where the run's own folder is empty or gone, the same command goes on from there (null: no second copy)."""
     report_to: tuple[Tracker, ...] = ()
     """Trackers beside metrics.jsonl: wandb, tensorboard, trackio. wandb works offline where there is no key."""
     project: str = "dpo-lab"
@@ -200,10 +240,8 @@ class Output(BaseModel):
 
     @field_validator("report_to", mode="before")
     @classmethod
-    def _several(cls, given: Any) -> Any:
-        if isinstance(given, str):
-            return tuple(part.strip() for part in given.split(",") if part.strip())
-        return given
+    def _trackers(cls, given: Any) -> Any:
+        return several(given)
 
 
 @final
@@ -223,6 +261,20 @@ class Run(BaseModel):
     """Learn from the policy's own completions, judged by rewards (null: from the examples themselves)."""
     evaluation: Evaluation = Evaluation()
     output: Output = Output()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _sayable(cls, given: Any) -> Any:
+        """Refuse what must not stand in a run file: everything here is written down, and shown by trackers."""
+        for key, value in flat(given).items() if isinstance(given, Mapping) else ():
+            if holds_secret(str(value)):
+                raise ValueError(
+                    f"{key}: got what looks like an access key, which every output file would show. Put it into an "
+                    "environment variable, such as HF_TOKEN"
+                )
+            if "\x00" in str(value):
+                raise ValueError(f"{key}: got a text with a NUL character, expected none")
+        return given
 
     @field_validator("name")
     @classmethod
@@ -261,6 +313,17 @@ class Run(BaseModel):
             raise ValueError(
                 f"model.lora.dropout: {name} compares the policy with itself as it sampled, which dropout would make "
                 f"another model, expected 0, got {self.model.lora.dropout:g}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _scored(self) -> Self:
+        """Refuse a reward model beside full weights: it stands on the base, which they change."""
+        if self.evaluation.reward_model is not None and self.model.lora is None:
+            raise ValueError(
+                f"evaluation.reward_model: got {self.evaluation.reward_model!r} with model.lora=null, expected an "
+                "adapter: a reward model stands on the base, which training the full weights changes. Leave one of "
+                "the two out"
             )
         return self
 
@@ -312,7 +375,7 @@ class Run(BaseModel):
     def decisive(self) -> dict[str, Any]:
         """Return the settings that can change the trained weights, by dotted key: not where and how results go."""
         found = flat(self.model_dump(mode="json", exclude={"output", "evaluation"}))
-        return {key: value for key, value in found.items() if key not in ("loop.save_steps", "loop.save_total_limit")}
+        return {key: value for key, value in found.items() if key not in SAVING}
 
     def digest(self) -> str:
         """Return a hash of the decisive settings."""
@@ -468,7 +531,8 @@ def read_run(path: Path, overrides: Mapping[str, Any]) -> tuple[Run, ...]:
         ConfigError: the file is absent, is not YAML, or holds no valid run.
     """
     try:
-        settings = _read_yaml(path.read_text(encoding="utf-8"))
+        with path.open(encoding="utf-8") as stream:
+            settings = _read_yaml(stream.read(LONGEST + 1))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read ({error}).") from error
     except yaml.YAMLError as error:
@@ -482,9 +546,34 @@ def read_run(path: Path, overrides: Mapping[str, Any]) -> tuple[Run, ...]:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML's version 1.2 core: the plain words of 1.1 (no, on, 1:30, 2024-01-01, 0x10) are text, 1e-5 is a number."""
+    """YAML's version 1.2 core: the plain words of 1.1 (no, on, 1:30, 2024-01-01, 0x10) are text, 1e-5 is a number.
+
+    Neither aliases, with which a few lines can stand for gigabytes, nor the same key twice, nor tags: a setting is what
+    is written at its place.
+    """
 
     yaml_implicit_resolvers = {}  # noqa: RUF012 (none of the inherited ones)
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event = self.peek_event()
+        if isinstance(event, yaml.AliasEvent):
+            raise _refused(f"got the alias *{event.anchor}, expected the value written out", event)
+        if (tag := getattr(event, "tag", None)) not in (None, "!"):
+            raise _refused(f"got the tag {tag}, expected a plain value", event)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        found = super().construct_mapping(node, deep)
+        if len(found) < len(node.value):
+            keys = [key for key, _ in node.value]
+            same = [key.value for key in keys]
+            twice = next((key for n, key in enumerate(keys) if key.value in same[:n]), keys[-1])  # the last: 1 and 1.0
+            raise _refused(f"got the key {twice.value} twice, expected it once", twice)
+        return found
+
+
+def _refused(message: str, place: Any) -> yaml.MarkedYAMLError:
+    return yaml.MarkedYAMLError(problem=message, problem_mark=place.start_mark)
 
 
 class _Dumper(yaml.SafeDumper):
@@ -503,9 +592,20 @@ for _tag, _shape, _first in (
 
 
 def _read_yaml(text: str) -> Any:
+    """Return what the text says.
+
+    Raises:
+        yaml.YAMLError: it is none, or longer or deeper than settings are.
+    """
+    if len(text) > LONGEST:
+        raise yaml.YAMLError(f"more than {LONGEST:,} characters, expected settings")
     loader = _Loader(text)
     try:
         return loader.get_single_data()
+    except RecursionError as error:
+        raise yaml.YAMLError("brackets are nested too deeply to read") from error
+    except ValueError as error:  # a number of thousands of digits
+        raise yaml.YAMLError(str(error)) from error
     finally:
         loader.dispose()
 
@@ -545,21 +645,28 @@ def _keys(model: type[BaseModel], prefix: str = "") -> list[str]:
 
 def explained(error: ValidationError, settings: type[BaseModel] = Run, prefix: str = "") -> str:
     """Say for each fault which key it is, what was got and what is valid."""
-    known = _keys(settings)
-    if settings is Run:
-        known += [f"objective.{f.name}" for name in losses.names() for f in _hyper_parameters(losses.find(name))]
     lines = []
     for fault in error.errors():
         key = ".".join(([prefix] if prefix else []) + [str(part) for part in fault["loc"]])
         if fault["type"] == "extra_forbidden":
-            lines.append(f"unknown key {key!r}.{_meant(key, known)}")
+            lines.append(f"unknown key {key!r}.{_meant(key, _known(settings))}")
         elif fault["type"] == "missing":
             lines.append(f"{key} is missing")
         else:
             message = fault["msg"].removeprefix("Value error, ")
             quote = " (quotes make it text)" if fault["type"] == "string_type" else ""
-            lines.append(f"{key}: {message}{quote}" + ("" if "got" in message else f", got {fault['input']!r}"))
+            got = "" if "got" in message else f", got {fault['input']!r:.200}"
+            lines.append((f"{key}: " if key else "") + f"{message}{quote}{got}")
     return "; ".join(lines)
+
+
+@cache
+def _known(settings: type[BaseModel]) -> tuple[str, ...]:
+    """Return every dotted key that can be given, those of all objectives among them."""
+    found = _keys(settings)
+    if settings is Run:
+        found += [f"objective.{f.name}" for name in losses.names() for f in _hyper_parameters(losses.find(name))]
+    return tuple(found)
 
 
 def _meant(key: str, known: Iterable[str]) -> str:

@@ -92,7 +92,7 @@ def _imported(path: str) -> type[Objective]:
     module, _, name = path.partition(":")
     try:
         member = getattr(import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, ValueError, TypeError) as error:  # TypeError: a relative import
         raise ConfigError(
             f"objective: {path!r} cannot be imported: {error}. "
             "Write package.module:Class, and put the package's folder on PYTHONPATH or install it."

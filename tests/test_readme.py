@@ -9,6 +9,7 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from importlib import import_module
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
@@ -19,32 +20,29 @@ from typer.testing import CliRunner
 
 import dpo.losses
 from dpo.cli import app
-from dpo.compare import Wanted
 from dpo.data import FORMATS, BadRow, DataConfig, Row, check, recognise
 from dpo.data.formats import GENERAL, PUBLISHED
-from dpo.errors import ConfigError
 from dpo.evaluate import evaluate_run
 from dpo.losses.testing import check as check_objective
 from dpo.losses.testing import example_batch
 from dpo.recipes import find as find_recipe
 from dpo.recipes import names as recipe_names
 from dpo.run import execute
-from dpo.settings import Run, plan, read_overrides, read_run
+from dpo.settings import plan
 from dpo.types import RankingScores
 
 ROOT = Path(__file__).parents[1]
+_spec = spec_from_file_location("documents", Path(__file__).with_name("documents.py"))
+assert _spec is not None
+assert _spec.loader is not None
+documents = module_from_spec(_spec)
+sys.modules.setdefault("documents", documents)  # its dataclass looks for its own module
+_spec.loader.exec_module(documents)
+blocks = documents.blocks
+
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("data/**/*.md")])
-
-
-def blocks(text: str, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
-
-
-def commands() -> list[str]:
-    lines = "".join(blocks(README, "sh")).replace("\\\n", " ").splitlines()
-    return [part.strip() for line in lines for part in line.split("&&") if part.strip()]
 
 
 def table(heading: str) -> list[list[str]]:
@@ -57,50 +55,23 @@ def table(heading: str) -> list[list[str]]:
     return cells[2:]
 
 
-DPO_COMMANDS = [command for command in commands() if command.startswith("dpo ")]
+DPO_COMMANDS = documents.commands(README)
 
 
 @pytest.fixture
-def shown_files() -> dict[str, str]:
-    """The rows that README shows for a named file."""
-    found = re.findall(r"^`(\w+\.jsonl)` .*?\n\n```json\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
-    return dict(found)
-
-
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shown_files: dict[str, str]) -> Path:
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working folder that holds what the commands name."""
     monkeypatch.chdir(tmp_path)
-    for name, rows in shown_files.items():
-        Path(name).write_text(rows + rows.replace("fruit", "colour"), encoding="utf-8")
-    (run,) = plan(find_recipe("dpo"), {"data": {"train": "prefs.jsonl"}})
-    Path("runs/dpo-1a2b3c4d").mkdir(parents=True)
-    Path("runs/dpo-1a2b3c4d/run.yaml").write_text(run.to_yaml(), encoding="utf-8")
+    documents.working_folder(tmp_path, README)
     return tmp_path
 
 
 @pytest.fixture
-def planned(monkeypatch: pytest.MonkeyPatch) -> list[Run]:
-    """The runs that commands would carry out, in place of carrying them out."""
-    found: list[Run] = []
-
-    def evaluate(what: str, overrides: dict[str, Any]) -> Any:
-        if set(overrides) <= {"evaluation", "model", "loop"}:  # a run of one's own
-            found.extend(read_run(Path(what) / "run.yaml", overrides))
-        else:
-            found.append(Run.of({"model": {"adapter": what}, **overrides}, "README"))
-
-    def compare(wanted: Wanted, output: Path | None) -> Any:
-        found.extend(run for name in wanted.objectives for run in plan(find_recipe(name), wanted.overrides))
-        return None, output
-
-    monkeypatch.setattr("dpo.run.execute", lambda runs, name: found.extend(runs) or [])
-    monkeypatch.setattr("dpo.evaluate.evaluate", evaluate)
-    monkeypatch.setattr("dpo.compare.run_comparison", compare)
-    monkeypatch.setattr("dpo.compare.show_comparison", lambda *_: None)
-    monkeypatch.setattr("dpo.run.show", lambda result: None)
-    monkeypatch.setattr("dpo.quickstart.quickstart", lambda fast, output: None)
-    return found
+def done(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """What commands would carry out, in place of carrying it out."""
+    instead = documents.StandIn()
+    instead.install(monkeypatch)
+    return instead
 
 
 @pytest.fixture(autouse=True)
@@ -124,20 +95,10 @@ def test_the_cpu_build_of_torch_is_the_tested_version():
 
 @pytest.mark.parametrize("command", DPO_COMMANDS)
 def test_a_command_is_accepted(
-    command: str, folder: Path, planned: list[Run], tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
+    command: str, folder: Path, done: Any, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr("dpo.model.base.fetch_embedded", lambda: tiny_model_folder)
-    done = CliRunner().invoke(app, shlex.split(command)[1:], prog_name="dpo", catch_exceptions=False)
-    assert done.exit_code == 0, done.output
-    if "--plan" in command:
-        assert "Memory plan" in done.output
-    elif command.startswith("dpo train"):
-        assert planned
-        checked = check(planned[0].data)
-        for run in planned:  # the rows that README shows hold the examples that the objective takes
-            view = "prompts" if run.rollout else run.objective.build().view
-            held = {"comparisons": "pairs", "rankings": "ranking"}.get(view, view)
-            assert any(getattr(record, held)() for record in checked.train), f"no {view} in {run.data.train}"
+    documents.invoke(command, done)
 
 
 def test_every_recipe_and_every_command_is_shown():
@@ -146,31 +107,16 @@ def test_every_recipe_and_every_command_is_shown():
     shown |= {name for row in table("A reward model, then PPO") for name in re.findall(r"`(\w+)`", row[0])}
     assert set(recipe_names()) <= shown
     help_text = CliRunner().invoke(app, ["--help"]).output
-    for name in ("train", "compare", "evaluate", "objectives", "quickstart", "data"):
+    for name in ("train", "compare", "evaluate", "objectives", "quickstart", "data", "export", "chat", "card"):
         assert name in help_text
         assert any(command.split()[1] == name for command in DPO_COMMANDS)
 
 
 def test_every_setting_in_the_text_exists():
-    settings = set(re.findall(r"`((?:[a-z_]+\.)+[a-z_]+=[^\s`]*)`", README + CONTRIBUTING))
+    settings = documents.settings(README + CONTRIBUTING)
     assert len(settings) > 20
     for setting in settings - {"objective.name=my_package.losses:SquaredHinge"}:
-        value = setting.partition("=")[2]
-        given = read_overrides([setting if value else f"{setting}x"])
-        faults = []
-        for objective in dpo.losses.names():
-            run = Run.of({"data": {"train": "prefs.jsonl"}, "objective": objective, **sampling(objective)}, "README")
-            try:
-                run.override(given)
-            except ConfigError as fault:
-                faults.append(str(fault))
-        assert len(faults) < len(dpo.losses.names()), f"{setting}: {faults[0]}"
-
-
-def sampling(objective: str) -> dict[str, Any]:
-    """What a run with it needs beside its data."""
-    rollout = {"rewards": ["dpo.data.gold:sentiment"], "completions_per_prompt": 2}
-    return {"rollout": rollout} if dpo.losses.find(objective).view == "rollouts" else {}
+        assert (reason := documents.refused(setting)) is None, f"{setting}: {reason}"
 
 
 def test_the_tree_exists_and_names_every_package():
@@ -191,8 +137,11 @@ def test_the_tree_exists_and_names_every_package():
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_local_links_lead_somewhere(document: Path):
-    for target in re.findall(r"\]\(([^)#\s]+)", document.read_text(encoding="utf-8")):
-        assert target.startswith("https://") or (document.parent / target).exists(), target
+    for file, fragment in documents.links(document.read_text(encoding="utf-8")):
+        target = document.parent / file if file else document
+        assert target.exists(), file
+        if fragment:
+            assert fragment in documents.anchors(target.read_text(encoding="utf-8")), f"{file}#{fragment}"
 
 
 def test_the_objective_table_is_the_package():
@@ -323,11 +272,10 @@ def test_the_guides_test_passes_and_finds_a_wrong_margin(
         space["test_hand_numbers"]()
 
 
-def test_the_guides_objective_can_be_trained_with(objective_of_the_guide: str, folder: Path, planned: list[Run]):
+def test_the_guides_objective_can_be_trained_with(objective_of_the_guide: str, folder: Path, done: Any):
     (command,) = re.findall(r"`(dpo train .*?)`", CONTRIBUTING)
-    done = CliRunner().invoke(app, shlex.split(command)[1:], catch_exceptions=False)
-    assert done.exit_code == 0, done.output
-    assert type(planned[0].objective.build()).__name__ == "SquaredHinge"
+    documents.invoke(command, done)
+    assert type(done.runs[0].objective.build()).__name__ == "SquaredHinge"
 
 
 def test_the_guides_format_is_recognised_once_it_is_in_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -49,8 +49,10 @@ def score_items(model: LanguageModel, role: Role, tasks: Sequence[str], limit: i
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
+    carry_out: Any = simple_evaluate  # whose decorators hide the signature
+    wrap: Any = HFLM
     with model.reading(role) as network:
-        answering = HFLM(
+        answering = wrap(
             pretrained=network,
             tokenizer=model.tokenizer,
             batch_size=BATCH_SIZE,
@@ -58,7 +60,7 @@ def score_items(model: LanguageModel, role: Role, tasks: Sequence[str], limit: i
             mixed_precision_dtype=model.dtype if model.mixed else None,
         )
         try:
-            found: Any = simple_evaluate(
+            found = carry_out(
                 answering, tasks=[*tasks], limit=limit, task_manager=_index(tasks), log_samples=True, bootstrap_iters=0
             )
         except (OSError, ValueError, KeyError) as error:  # of its loaders, for data that is absent or of another form

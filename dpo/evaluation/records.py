@@ -208,7 +208,7 @@ class Comparison:
     groups: Mapping[str, Mapping[str, Mapping[str, Estimate]]] = field(
         default_factory=dict[str, Mapping[str, Mapping[str, Estimate]]]
     )
-    """[group][entry, or START][measure]: the same on the pairs and prompts of one annotator or population; empty where
+    """`[group][entry or START][measure]`: the same on the pairs and prompts of one annotator or population; empty where
     the data names none."""
     own_proxies: bool = False
     """Whether the answers were scored by different reward models, as by those that the runs were trained on: the scores

@@ -213,12 +213,18 @@ def load_base(config: ModelConfig) -> Base:
     network = from_pretrained(
         AutoModelForCausalLM,
         config,
+        use_safetensors=True,  # transformers would unpickle a .bin file where there is no other
         config=settings,
         dtype=dtype,
         attn_implementation=attention,
         quantization_config=quantization,
         device_map={"": device.type},
     )
+    if getattr(network, "_hf_peft_config_loaded", False):
+        raise ModelError(
+            f"model.name={config.name!r}: got a LoRA adapter, expected a whole model: it would be trained as part of "
+            "the base. Name its base as model.name, and the adapter as model.adapter."
+        )
     network.requires_grad_(False)
     network.eval()
     check_head(network, tolerance=1e-3 if dtype == torch.float32 else 0.15)
@@ -230,16 +236,28 @@ def from_pretrained(loader: Any, chosen: ModelConfig, **kwargs: Any) -> Any:
     """Load what `chosen` names with one of transformers' Auto classes; nothing of it is ever executed.
 
     Raises:
-        ModelError: where there is nothing that it can load.
+        ModelError: where there is nothing that it can load, or nothing without running the model's own code.
     """
     place = str(fetch_embedded()) if chosen.name == EMBEDDED else chosen.name
     try:
         return loader.from_pretrained(place, revision=chosen.revision, trust_remote_code=False, **kwargs)
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except _UNLOADABLE as error:
+        if "trust_remote_code" in str(error):
+            raise ModelError(
+                f"model.name={chosen.name!r}: {loader.__name__} would have to run Python code that comes with the "
+                "model (auto_map), expected a model that transformers knows itself: code of a model is never run here. "
+                "Name a model of a known architecture."
+            ) from error
         raise ModelError(
             f"model.name={chosen.name!r}: {loader.__name__} could not load it ({_first_line(error)}). Expected a local "
             f"folder in transformers' format, a hub id that this machine can reach, or {EMBEDDED!r}."
         ) from error
+
+
+_UNLOADABLE = (OSError, ValueError, ImportError, SafetensorError, RuntimeError, TypeError, LookupError, AttributeError)
+"""What transformers raises on files that are absent, damaged or of another kind: it checks few of them."""
 
 
 def _first_line(error: BaseException) -> str:
@@ -331,7 +349,8 @@ class LanguageModel:
         else:
             wrapped, adapters, says = _adapt(base, config, config.lora, "policy" if policy else scalars[0].name)
             for scalar in scalars:
-                heads[scalar.name] = _add_scalar(base, wrapped, scalar, config)
+                with _not_drawing(base) if scalar.folder and not scalar.trained else nullcontext():
+                    heads[scalar.name] = _add_scalar(base, wrapped, scalar, config)
                 adapters |= {scalar.name}
             if moving:
                 wrapped.add_adapter("moving", wrapped.peft_config["policy"])
@@ -564,6 +583,11 @@ def _adapt(base: Base, config: ModelConfig, lora: LoRA, first: Role) -> tuple[An
     return wrapped, frozenset({first, "reference"}), f"the starting adapter {config.adapter}, frozen"
 
 
+def _not_drawing(base: Base) -> AbstractContextManager[None]:
+    """Give the random numbers back as they were: a role that is loaded and never trained changes nothing that is."""
+    return torch.random.fork_rng(devices=[base.device] if base.device.type == "cuda" else [])
+
+
 def _add_scalar(base: Base, wrapped: Any, scalar: ScalarRole, config: ModelConfig) -> torch.nn.Linear:
     """Inject the adapter of a role that says a number, where it is not there yet; return its head.
 
@@ -597,13 +621,14 @@ def _add_scalar(base: Base, wrapped: Any, scalar: ScalarRole, config: ModelConfi
     return head
 
 
-def check_scalar(place: str, base: str) -> Path:
+def check_scalar(place: str, base: str, key: str = "model.adapter") -> Path:
     """Return the folder of a reward model (adapter and head) that is safe to load on the base of that name.
 
     Raises:
-        ModelError: as `check_adapter`; also where the head is absent or the adapter was trained on another base.
+        ModelError: as `check_adapter`; also where the head is absent or damaged, or the adapter was trained on another
+            base.
     """
-    folder = check_adapter(place)
+    folder = check_adapter(place, key)
     if not (folder / HEAD_FILE).is_file():
         raise ModelError(
             f"{place}: got an adapter without {HEAD_FILE}, expected a reward model: an adapter and its head, as "
@@ -615,26 +640,41 @@ def check_scalar(place: str, base: str) -> Path:
             f"{place}: this reward model was trained on the base {trained_on!r}, expected {base!r}: all roles stand on "
             f"one base. Train a reward model on {base!r}, or name {trained_on!r} as model.name."
         )
+    _read_head(folder)
     return folder
+
+
+def _read_head(folder: Path) -> dict[str, Tensor]:
+    """Return a head's weights.
+
+    Raises:
+        ModelError: the file is damaged, or holds values that are not finite.
+    """
+    file = folder / HEAD_FILE
+    try:
+        state = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise ModelError(
+            f"{file}: cannot be loaded ({_first_line(error)}), expected the head of a reward model. Copy it again."
+        ) from error
+    if not all(one.isfinite().all() for one in state.values()):
+        raise ModelError(f"{file}: it holds values that are not finite. Use an undamaged reward model.")
+    return state
 
 
 def _load_head(head: torch.nn.Linear, folder: Path) -> None:
     """Load a head's weights, bit for bit.
 
     Raises:
-        ModelError: the file is damaged, does not fit, or holds values that are not finite.
+        ModelError: as `_read_head`; also where they do not fit.
     """
-    file = folder / HEAD_FILE
     try:
-        state = load_file(file)
-        head.load_state_dict(state)
-    except (OSError, SafetensorError, RuntimeError) as error:
+        head.load_state_dict(_read_head(folder))
+    except RuntimeError as error:
         raise ModelError(
-            f"{file}: cannot be loaded ({' '.join(str(error).split())[:200]}), expected weight "
+            f"{folder / HEAD_FILE}: cannot be loaded ({' '.join(str(error).split())[:200]}), expected weight "
             f"{tuple(head.weight.shape)} and bias (1,). Copy it again, or train the reward model on this base."
         ) from error
-    if not all(one.isfinite().all() for one in state.values()):
-        raise ModelError(f"{file}: it holds values that are not finite. Use an undamaged reward model.")
 
 
 def _adapter_settings(base: Base, folder: Path) -> Any:
@@ -650,8 +690,8 @@ REWRITING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """PEFT's initialisations that change the base weights, at loading as well."""
 
 
-def check_adapter(place: str) -> Path:
-    """Return the folder of an adapter that is safe to load.
+def check_adapter(place: str, key: str = "model.adapter") -> Path:
+    """Return the folder of an adapter that is safe to load; `key` is the setting that names it, for messages.
 
     Raises:
         ModelError: where it is absent, holds no safetensors, is no LoRA that leaves the base as it is, or holds values
@@ -661,17 +701,19 @@ def check_adapter(place: str) -> Path:
     file = folder / "adapter_model.safetensors"
     if not file.is_file() or not (folder / "adapter_config.json").is_file():
         raise ModelError(
-            f"model.adapter={place!r}: expected a folder with adapter_config.json and adapter_model.safetensors "
+            f"{key}={place!r}: expected a folder with adapter_config.json and adapter_model.safetensors "
             "(pickled .bin adapters are refused)."
         )
     try:
         settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        if not isinstance(settings, dict):
+            raise ValueError(f"adapter_config.json holds a {type(settings).__name__}, expected an object")
         with safe_open(file, framework="pt") as tensors:
             for key in tensors.keys():  # noqa: SIM118 (not a dict)
                 if not tensors.get_tensor(key).isfinite().all():
                     raise ModelError(f"{file}: {key} holds values that are not finite. Use an undamaged adapter.")
     except (ValueError, SafetensorError) as error:
-        raise ModelError(f"model.adapter={place!r}: it is damaged ({_first_line(error)}). Copy it again.") from error
+        raise ModelError(f"{key}={place!r}: it is damaged ({_first_line(error)}). Copy it again.") from error
     faults = {
         "peft_type": settings.get("peft_type") != "LORA",
         "init_lora_weights": str(settings.get("init_lora_weights")).startswith(REWRITING_INITS),

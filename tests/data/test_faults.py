@@ -14,6 +14,8 @@ from dpo.cli import app
 from dpo.data import DataConfig, Drop, check, prepare
 from dpo.errors import DataError
 
+pytestmark = pytest.mark.faults
+
 GOOD = [{"prompt": f"prompt {n}", "chosen": "a good answer", "rejected": "bad"} for n in range(12)]
 LINES = "".join(json.dumps(row) + "\n" for row in GOOD)
 
@@ -134,6 +136,13 @@ class TestRow19NoPreference:
         row = {"prompt": "p", "chosen": chosen, "rejected": rejected}
         assert dropped(write_rows, [*GOOD, row]) == {Drop.IDENTICAL: 1}
 
+    def test_so_are_those_that_are_equal_once_they_are_cut(self, write_rows, chatml):
+        row = {"prompt": "p", "chosen": "so long " * 30 + "yes", "rejected": "so long " * 30 + "no"}
+        config = DataConfig(train=write_rows([*GOOD, row]), eval_share=0, max_length=64, overlong="truncate_completion")
+        report = prepare(config, chatml, "pairs").report
+        assert report.dropped == {Drop.IDENTICAL_TOKENS: 1}
+        assert report.kept == len(GOOD)
+
 
 class TestRow20TooLong:
     ROWS = (
@@ -160,6 +169,11 @@ class TestRow20TooLong:
     def test_too_large_a_share_is_refused_with_the_limit(self, write_rows, chatml):
         config = DataConfig(train=write_rows(self.ROWS), max_length=64, max_dropped_share=0.1)
         with pytest.raises(DataError, match=r"2 of 14 rows were dropped \(14%\), expected at most 10%"):
+            prepare(config, chatml, "pairs")
+
+    def test_a_set_of_which_nothing_fits_is_refused_with_the_reason(self, write_rows, chatml):
+        config = DataConfig(train=write_rows(GOOD), max_length=2, max_dropped_share=1)
+        with pytest.raises(DataError, match=Drop.OVERLONG_PROMPT.meaning):
             prepare(config, chatml, "pairs")
 
 
@@ -220,6 +234,34 @@ class TestRow22UnrelatedPrompts:
         assert dropped(write_rows, [good, other, bad]) == {Drop.PROMPTS_DIFFER: 1}
 
 
+class TestRow23WhichIsBetter:
+    """How each known set says which completion is better; every format has its own tests in tests/data/formats."""
+
+    @pytest.mark.parametrize(
+        ("row", "better"),
+        [
+            ({"history": "p", "human_ref_A": "a", "human_ref_B": "b", "labels": 1, "score_A": 5, "score_B": 2}, "a"),
+            ({"history": "p", "human_ref_A": "a", "human_ref_B": "b", "labels": 0, "score_A": 2, "score_B": 5}, "b"),
+            ({"context": [message("p")], "response1": "a", "response2": "b", "overall_preference": -2}, "a"),
+            ({"context": [message("p")], "response1": "a", "response2": "b", "overall_preference": 2}, "b"),
+            ({"prompt": "p", "chosen": "a", "rejected": "b", "chosen_score": 2.0, "rejected_score": 1.0}, "a"),
+        ],
+        ids=["SHP 1", "SHP 0", "HelpSteer3 below 0", "HelpSteer3 above 0", "scores"],
+    )
+    def test_the_chosen_one_is_the_better(self, write_rows, row, better):
+        rows = [json.loads(json.dumps(row).replace('"p"', f'"p {n}"')) for n in range(3)]
+        (pair, *_) = check(DataConfig(train=write_rows(rows), eval_share=0)).train[0].pairs()
+        assert (pair.chosen, pair.rejected) == (better, "ab".replace(better, ""))
+
+    def test_scores_against_the_labels_are_dropped_and_so_are_ties(self, write_rows):
+        swapped = {**GOOD[0], "chosen_score": 1.0, "rejected_score": 2.0}
+        rows = [{**row, "chosen_score": 2.0, "rejected_score": 1.0} for row in GOOD]
+        assert dropped(write_rows, [*rows, swapped]) == {Drop.CONTRADICTION: 1}
+        tied = {"context": [message("q")], "response1": "a", "response2": "b", "overall_preference": 0}
+        clear = [{**tied, "context": [message(f"q {n}")], "overall_preference": 1} for n in range(3)]
+        assert dropped(write_rows, [*clear, tied]) == {Drop.TIE: 1}
+
+
 class TestRow24Twice:
     def test_the_second_copy_is_dropped_and_both_ways_round_are_kept_and_counted(self, write_rows):
         turned = {"prompt": "prompt 0", "chosen": "bad", "rejected": "a good answer"}
@@ -257,3 +299,28 @@ class TestRow26SpelledTokens:
             assert [i for i in example.prompt if i in (start, end)] == [start, end, start]
             assert [[i for i in ids if i in (start, end)] for ids in example.completions] == [[end], [end]]
         assert prepared.report.special_tokens == 3
+
+
+class TestRow27Templates:
+    """No template leaves a completion without scored tokens: where its text begins is found, or the run is refused."""
+
+    def test_tags_of_generation_are_not_needed(self, write_rows, chatml):
+        prepared = prepare(DataConfig(train=write_rows(GOOD), eval_share=0), chatml, "pairs")
+        assert "generation" not in str(chatml.chat_template).replace("add_generation_prompt", "")
+        assert [chatml.decode(ids) for ids in prepared.train[0].completions] == [
+            "a good answer<|im_end|>",
+            "bad<|im_end|>",
+        ]
+
+    @pytest.mark.parametrize(
+        ("template", "said"),
+        [
+            ("{% for m in messages %}{{ loop.length }}{{ m['content'] }}</s>{% endfor %}", "not prefix-stable"),
+            ("{{ messages[0]['content'] }}", "leaves the assistant's text out"),
+            ("{% for m in messages %}{{ m['content'] + 1 }}{% endfor %}", "template refuses: can only concatenate"),
+        ],
+        ids=["turns are numbered", "first turn alone", "adds text and number"],
+    )
+    def test_one_that_hides_the_boundary_is_refused(self, write_rows, make_tokenizer, template, said):
+        with pytest.raises(DataError, match=said):
+            prepare(DataConfig(train=write_rows(GOOD), eval_share=0), make_tokenizer(template), "pairs")

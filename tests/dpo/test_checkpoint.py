@@ -157,6 +157,7 @@ DAMAGE = {
 }
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damage_is_named_and_costs_one_checkpoint(tmp_path: Path, damage: str) -> None:
     name, spoil, message = DAMAGE[damage]
@@ -207,6 +208,7 @@ def test_a_file_that_is_not_listed_is_no_damage_and_never_read(tmp_path: Path) -
         found.checkpoint.tensors("planted")
 
 
+@pytest.mark.faults
 def test_all_damaged_is_an_error_that_names_each_never_a_start_from_zero(tmp_path: Path) -> None:
     (save(tmp_path, 2) / "state.json").unlink()
     cut(save(tmp_path, 4) / "adapter.safetensors")
@@ -238,6 +240,7 @@ def test_keep_counts_valid_ones_only_and_a_damaged_newest_gives_way(tmp_path: Pa
     assert_holds(newest(tmp_path).checkpoint, 7)
 
 
+@pytest.mark.faults
 def test_with_keep_1_the_old_one_goes_only_after_the_new_one_is_read_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -367,6 +370,7 @@ for nth in range(1, 1000):
 """
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(("step", "keep"), [(6, 2), (6, 1), (4, 1)], ids=["keep 2", "keep 1", "same step again"])
 def test_a_kill_at_any_point_of_a_save_never_costs_the_checkpoint_before(tmp_path: Path, step: int, keep: int) -> None:
     for before in (2, 4):
@@ -420,6 +424,7 @@ checkpoint.save(root, 4, big, {})
 """
 
 
+@pytest.mark.faults
 def test_a_full_disk_costs_only_the_save_that_met_it(tmp_path: Path) -> None:
     root = tmp_path / "root"
     save(root, 2)
@@ -435,6 +440,7 @@ def test_a_full_disk_costs_only_the_save_that_met_it(tmp_path: Path) -> None:
     assert steps(root) == [2, 4]
 
 
+@pytest.mark.faults
 def test_too_little_space_is_seen_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(tmp_path, 2)
     usage = shutil.disk_usage(tmp_path)

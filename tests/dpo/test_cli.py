@@ -18,6 +18,7 @@ from dpo import losses
 from dpo.cli import app
 
 COMMANDS = [[], ["train"], ["compare"], ["evaluate"], ["data"], ["data", "check"], ["objectives"], ["quickstart"]]
+COMMANDS += [["export"], ["chat"], ["card"]]
 
 
 def dpo(*arguments: str) -> Result:
@@ -141,6 +142,7 @@ def test_a_fault_is_one_message_with_a_fix_and_nothing_is_written(
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.faults
 def test_a_folder_that_may_not_be_written_is_refused(trial: list[str], tmp_path: Path) -> None:
     (tmp_path / "locked").mkdir(mode=0o500)
     place = "/proc/below" if os.access(tmp_path / "locked", os.W_OK) else "locked/below"  # root may write anywhere else
@@ -220,6 +222,7 @@ def goes_on_after_a_kill(command: list[str], folder: Path, stage: str) -> str:
     return output
 
 
+@pytest.mark.faults
 def test_a_run_killed_at_any_moment_goes_on_bit_for_bit(trial: list[str], tmp_path: Path) -> None:
     settings = ["loop.num_train_epochs=6", "loop.per_device_train_batch_size=2", "loop.gradient_accumulation_steps=2"]
     settings += ["loop.save_steps=3", "loop.eval_steps=10", "model.lora.dropout=0.1"]
@@ -227,6 +230,7 @@ def test_a_run_killed_at_any_moment_goes_on_bit_for_bit(trial: list[str], tmp_pa
     assert "eval/reward/accuracy" in output
 
 
+@pytest.mark.faults
 @pytest.mark.slow
 def test_so_does_one_killed_while_it_samples_or_learns_from_rollouts(trial: list[str], tmp_path: Path) -> None:
     settings = ["reward.loop.max_steps=2", "ppo.loop.max_steps=48", "loop.save_steps=3", "rollout.epochs=2"]
@@ -234,6 +238,29 @@ def test_so_does_one_killed_while_it_samples_or_learns_from_rollouts(trial: list
     settings += ["loop.per_device_train_batch_size=2", "loop.gradient_accumulation_steps=2"]
     settings += ["rollout.prompts_per_rollout=8", "rollout.max_new_tokens=12"]
     goes_on_after_a_kill(["train", "reward_ppo", *trial, *settings], tmp_path, "2-ppo")
+
+
+@pytest.mark.faults
+@pytest.mark.slow
+def test_a_terminated_run_says_that_the_same_command_goes_on(trial: list[str], tmp_path: Path) -> None:
+    settings = ["loop.num_train_epochs=500", "loop.save_steps=1000", "output.dir=out"]
+    process = started(["train", "dpo", *trial, *settings], tmp_path)
+    ledger = tmp_path / "out" / "metrics.jsonl"
+    deadline = time.monotonic() + 100
+    while not ledger.exists() or ledger.read_bytes().count(b"\n") < 2:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, "no row was written"
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    output, errors = process.communicate(timeout=100)
+    assert (process.returncode, output) == (143, "")
+    assert "Traceback" not in errors
+    last = errors.strip().splitlines()[-1]
+    step = ledger.read_bytes().count(b"\n")
+    assert (
+        last == f"stopped after step {step} of 1500, which is saved. The same command goes on from the last checkpoint."
+    )
+    assert [one.name for one in (tmp_path / "out/checkpoints").iterdir()] == [f"step-{step:08d}"]
 
 
 def test_a_fault_of_a_real_process_is_one_message(tmp_path: Path) -> None:

@@ -205,3 +205,11 @@ def test_a_card_without_a_plan_is_refused(pairs_file: Callable[..., Path], bare_
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 2
     assert "--gpu: got '24GB' without --plan" in done.stderr
+
+
+def test_a_reward_model_that_scores_the_answers_is_counted(bare_model: str) -> None:
+    done = planned(bare_model, "--gpu=12GB", "evaluation.reward_model=runs/reward/adapter")
+    assert done.exit_code == 0, done.stderr
+    without = planned(bare_model, "--gpu=12GB")
+    assert "reward adapter" in done.stdout
+    assert "reward adapter" not in without.stdout

@@ -25,9 +25,13 @@ PROMISED = {
     *(f"value/{name}" for name in ("loss", "clip_fraction", "explained_variance")),
     *(f"rollout/{name}" for name in ("score", "score_std", "gold_reward", "disagreement", "kl_coefficient", "updates")),
     *(f"rollout/{name}" for name in ("length", "entropy", "finished", "repetition")),
-    *(f"eval/{name}" for name in ("pair/accuracy", "pair/margin", "distinct_2", "self_bleu", "choices", "text_nats")),
+    *(
+        f"eval/{name}"
+        for name in ("pair/accuracy", "pair/margin", "distinct_2", "self_bleu", "choices", "text_nats", "harness")
+    ),
     *("eval/sycophancy/flips", "eval/sycophancy/shift"),
-    *("ptx/loss", "grad_norm", "kl/policy_reference", "eval/loss", "eval/gold_reward", "eval/length", "eval/win_rate"),
+    *("ptx/loss", "grad_norm", "kl/policy_reference", "eval/loss", "eval/length", "eval/win_rate"),
+    *("eval/gold_reward", "eval/proxy_reward"),
 }
 NOT_REPEATABLE = {"time/seconds", "time/step_seconds", "tokens_per_second", "memory/peak"}
 

@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
-from dpo.redact import redact, redact_text
+import pytest
+
+from dpo.redact import holds_secret, redact, redact_text
 
 HF_SECRET = "hf_PlantedAbCdEfGhIjKlMnOpQrStUvWxYz12"
 SK_SECRET = "sk-planted-0123456789abcdef"
@@ -34,3 +36,24 @@ def test_redact_hides_by_key_and_by_value_at_every_depth_and_keeps_the_rest() ->
     }
     assert redact({"tokens": "abc", "token": 1}) == {"tokens": "[redacted]", "token": "[redacted]"}
     assert redact_text(f"x {HEX_SECRET.upper()} y") == "x [redacted] y"
+
+
+def test_what_the_environment_holds_as_a_secret_is_one_whatever_it_looks_like(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_SERVICE_TOKEN", "plain words, long enough")
+    monkeypatch.setenv("OTHER_API_KEY", "plain words, long enough and more")
+    monkeypatch.setenv("SHORT_TOKEN", "true")
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "not a secret at all")
+    said = "true: plain words, long enough and more, plain words, long enough. not a secret at all"
+    assert redact_text(said) == "true: [redacted], [redacted]. not a secret at all"
+    assert holds_secret("a/plain words, long enough/b")
+    assert not holds_secret(f"true, not a secret at all, sk-learn, hf_words, {HEX_SECRET}")
+    assert holds_secret(f"x{SK_SECRET}") is False  # within a word
+    assert holds_secret(f"x/{HF_SECRET}")
+
+
+def test_a_password_in_an_address_goes() -> None:
+    assert redact_text("https://me:pass@host/a and ftp://me:p@x") == (
+        "https://me:[redacted]@host/a and ftp://me:[redacted]@x"
+    )
+    assert redact_text("https:/me:pass@host") == "https:/me:[redacted]@host"
+    assert redact_text("https://host:80/a@b and a:b@c") == "https://host:80/a@b and a:b@c"

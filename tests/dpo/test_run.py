@@ -3,7 +3,10 @@
 import json
 import logging
 import math
+import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,13 +16,14 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from dpo import recipes
+from dpo import checkpoint, recipes
 from dpo import run as run_module
+from dpo import sinks as sinks_module
 from dpo.data import check
 from dpo.errors import CheckpointError, ConfigError, DataError, ModelError, TrainingError
 from dpo.evaluate import evaluate_run
 from dpo.measure import by_own_reward
-from dpo.metrics import read
+from dpo.metrics import Ledger, read
 from dpo.model.base import ModelConfig, load_base
 from dpo.run import Result, execute, measure_start, only_process, show, speaking
 from dpo.settings import Run, plan, read_overrides, read_run
@@ -74,7 +78,7 @@ def test_a_run_leaves_its_settings_its_data_its_numbers_and_its_adapter(run: Run
     assert result.folder.parent == Path("runs")
     assert result.folder.name.startswith("dpo-")
     names = {file.name for file in result.folder.iterdir()} - {".lock"}
-    files = {"run.yaml", "data.json", "summary.json", "metrics.jsonl", "performance.jsonl"}
+    files = {"run.yaml", "data.json", "summary.json", "metrics.jsonl", "performance.jsonl", "README.md"}
     assert names == files | {"adapter", "checkpoints", "samples.jsonl", "pairs.jsonl"}
     summary = json.loads((result.folder / "summary.json").read_text())
     assert summary == result.summary
@@ -84,6 +88,7 @@ def test_a_run_leaves_its_settings_its_data_its_numbers_and_its_adapter(run: Run
     assert json.loads((result.folder / "data.json").read_text())["fingerprint"] == summary["data_fingerprint"]
 
 
+@pytest.mark.faults
 def test_a_finished_run_is_trained_again_beside_the_first_to_the_same_bits(run: RunRecipe) -> None:
     (first,) = run("dpo", "model.lora.dropout=0.1")
     (again,) = run("dpo", "model.lora.dropout=0.1")
@@ -111,6 +116,7 @@ def test_a_stage_s_run_yaml_trains_again_beside_it(run: RunRecipe) -> None:
     assert adapter(again) == adapter(second)
 
 
+@pytest.mark.faults
 def test_a_folder_with_other_settings_is_refused_and_left_as_it_is(run: RunRecipe) -> None:
     stopped_before_training(run, "output.dir=mine")
     before = tree(Path("mine"))
@@ -133,6 +139,7 @@ def stopped_before_training(run: RunRecipe, *arguments: str, **more: Any) -> Non
             run("dpo", *arguments, **more)
 
 
+@pytest.mark.faults
 def test_other_content_of_the_data_is_refused_and_nothing_overwritten(
     run: RunRecipe,
 ) -> None:
@@ -145,16 +152,18 @@ def test_other_content_of_the_data_is_refused_and_nothing_overwritten(
     assert tree(Path("mine")) == before
 
 
+@pytest.mark.faults
 def test_one_process_at_a_time_trains_in_a_folder(run: RunRecipe) -> None:
     with (
         only_process(Path("mine")),
-        pytest.raises(TrainingError, match=r"mine: another process is training there"),
+        pytest.raises(TrainingError, match=rf"mine: process {os.getpid()} on .* is training there"),
     ):
         run("dpo", "output.dir=mine")
     (result,) = run("dpo", "output.dir=mine")  # the lock file is still there and holds nobody
     assert result.folder == Path("mine")
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("place", ["pairs.jsonl", "pairs.jsonl/below", "/dev/null/below"])
 def test_an_output_that_cannot_be_written_is_refused_before_the_model_is_loaded(
     run: RunRecipe, place: str, monkeypatch: pytest.MonkeyPatch
@@ -222,6 +231,141 @@ def test_checkpointing_is_turned_on_where_memory_needs_it(
     with pytest.raises(KeyboardInterrupt):
         run("dpo", "output.dir=other", "model.activation_offload=true")
     assert len(asked) == 1  # what is offloaded need not be computed again
+
+
+# --- what a machine may do to a run ---
+
+
+@pytest.mark.faults
+def test_spaces_and_umlauts_in_a_folder_s_name_are_no_obstacle(run: RunRecipe) -> None:
+    Path("in ü y").mkdir()
+    Path("pairs.jsonl").rename("in ü y/rows ß.jsonl")
+    place = ["data.train=in ü y/rows ß.jsonl", "output.dir=dir ü x"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_module, "achieved_by", killed)
+        with pytest.raises(Killed):
+            run("dpo", *place)
+    (result,) = run("dpo", *place)
+    assert result.folder == Path("dir ü x")
+    assert adapter(result)
+
+
+@pytest.mark.faults
+def test_a_run_goes_on_with_its_own_settings_only_and_saving_and_showing_are_free(run: RunRecipe) -> None:
+    stopped_before_training(run, "output.dir=mine")
+    for key in ("optimiser.learning_rate=1e-3", "loop.seed=4", "data.max_length=99"):
+        with pytest.raises(ConfigError, match=rf"^mine: holds a run with other settings: {key.partition('=')[0]} \("):
+            run("dpo", "output.dir=mine", key)
+    Path("drive").mkdir()
+    free = ["loop.save_steps=1", "loop.save_minutes=null", "loop.save_total_limit=5", "output.mirror=drive"]
+    (result,) = run("dpo", "output.dir=mine", *free, "output.group=other", "evaluation.max_prompts=1")
+    (alone,) = run("dpo", "output.dir=alone")
+    assert adapter(result) == adapter(alone)
+
+
+@pytest.mark.faults
+def test_a_run_whose_folder_is_gone_goes_on_from_its_mirror_to_the_same_bits(
+    run: RunRecipe, caplog: pytest.LogCaptureFixture
+) -> None:
+    Path("drive").mkdir()
+    asked = ["loop.max_steps=5", "loop.num_train_epochs=2", "model.lora.dropout=0.1", "output.dir=mine"]
+    (whole,) = run("dpo", *asked[:-1], "output.dir=whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Ledger, "append", dying_at(5, Ledger.append))
+        with pytest.raises(Killed):
+            run("dpo", *asked, "output.mirror=drive")
+    shutil.rmtree("mine")  # with the machine
+    with caplog.at_level(logging.INFO, "dpo"):
+        (result,) = run("dpo", *asked, "output.mirror=drive")
+    assert "mine holds no run: going on from its copy in drive/mine" in caplog.text
+    assert "going on from step 4 of 5" in caplog.text
+    assert adapter(result) == adapter(whole)
+    assert (result.folder / "metrics.jsonl").read_bytes() == (whole.folder / "metrics.jsonl").read_bytes()
+    own = {name: content for name, content in tree(Path("mine")).items() if name != ".lock"}
+    assert tree(Path("drive/mine")) == own
+    shutil.rmtree("mine")
+    (again,) = run("dpo", *asked, "output.mirror=drive")  # finished: nothing is trained
+    assert again.summary == result.summary
+    shutil.rmtree("mine")
+    with pytest.raises(ConfigError, match=r"drive/mine: holds a run with other settings: loop\.seed \(0 there, 1 here"):
+        run("dpo", *asked, "output.mirror=drive", "loop.seed=1")
+
+
+def dying_at(step: int, honest: Callable[..., Any]) -> Callable[..., Any]:
+    def append(ledger: Ledger, at: int, *arguments: Any) -> Any:
+        row = honest(ledger, at, *arguments)
+        if at == step:
+            raise Killed
+        return row
+
+    return append
+
+
+@pytest.mark.faults
+def test_without_a_single_checkpoint_the_results_are_there_and_the_end_is_an_error(
+    run: RunRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise CheckpointError("mine/checkpoints: cannot save the checkpoint: no space.")
+
+    monkeypatch.setattr(checkpoint, "save", full)
+    with pytest.raises(CheckpointError, match=r"adapter and results are written, but not one .*: no space") as caught:
+        run("dpo", "output.dir=mine")
+    assert caught.value.exit_code == 3
+    assert (Path("mine") / "adapter" / "adapter_model.safetensors").exists()
+    assert json.loads((Path("mine") / "summary.json").read_text())["steps"] == 3
+
+
+@pytest.mark.faults
+def test_all_checkpoints_damaged_is_an_error_and_no_start_from_zero(run: RunRecipe) -> None:
+    (result,) = run("dpo", "output.dir=mine")
+    (result.folder / "summary.json").unlink()
+    for state in result.folder.glob("checkpoints/*/state.json"):
+        state.unlink()
+    before = tree(Path("mine"))
+    with pytest.raises(CheckpointError, match=r"mine/checkpoints: all 2 checkpoints are damaged") as caught:
+        run("dpo", "output.dir=mine")
+    assert caught.value.exit_code == 3
+    assert tree(Path("mine")) == before
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("where", ["base", "adapter"])
+def test_weights_that_are_no_numbers_are_refused_by_name(run: RunRecipe, tiny_model_folder: Path, where: str) -> None:
+    if where == "base":
+        folder, wanted = Path(shutil.copytree(tiny_model_folder, "base")), "model.embed_tokens.weight"
+        file, asked = folder / "model.safetensors", "model.name=base"
+    else:
+        (result,) = run("dpo", "output.dir=first")
+        file, asked = result.folder / "adapter/adapter_model.safetensors", "model.adapter=first/adapter"
+        wanted = sorted(load_file(file))[0]
+    state = load_file(file)
+    state[wanted][0, 0] = math.nan
+    save_file(state, file, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=rf"{re.escape(wanted)} holds values that are not finite"):
+        run("dpo", "output.dir=mine", asked)
+    assert not Path("mine").exists()
+
+
+@pytest.mark.faults
+def test_a_tracker_that_fails_anywhere_changes_nothing(run: RunRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It fails as it is built, or at its second row, at a table, at the end: the run's bytes are the same."""
+    (alone,) = run("dpo", "output.dir=alone")
+    for failing in ("__init__", "log", "table", "finish"):
+        with monkeypatch.context() as patch:
+            for name in ("__init__", "log", "table", "finish"):
+                patch.setattr(sinks_module.WandbSink, name, refuse if name == failing else nothing)
+            (result,) = run("dpo", f"output.dir={failing}", "output.report_to=wandb")
+        assert adapter(result) == adapter(alone)
+        assert (result.folder / "metrics.jsonl").read_bytes() == (alone.folder / "metrics.jsonl").read_bytes()
+
+
+def refuse(*_: Any, **__: Any) -> None:
+    raise ConnectionError("no route to host")
+
+
+def nothing(*_: Any, **__: Any) -> None:
+    """Do nothing."""
 
 
 # --- stages ---
@@ -438,6 +582,10 @@ def test_a_failure_is_one_message_and_an_exit_code(capsys: pytest.CaptureFixture
     with pytest.raises(SystemExit) as caught, speaking():
         raise KeyboardInterrupt
     assert caught.value.code == 130
+    assert "goes on from the last checkpoint" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as caught, speaking():
+        os.kill(os.getpid(), signal.SIGTERM)  # also before and after the training
+    assert caught.value.code == 143
     assert "goes on from the last checkpoint" in capsys.readouterr().err
     with pytest.raises(TrainingError), speaking(debug=True):
         raise TrainingError("stuck")

@@ -39,7 +39,9 @@ def task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
             "doc_to_text": "{{question}}",
             "doc_to_target": "answer",
             "doc_to_choice": "{{choices}}",
-            "metric_list": [{"metric": metric, "aggregation": "f1" if metric == "f1" else "mean", "higher_is_better": True}],
+            "metric_list": [
+                {"metric": metric, "aggregation": "f1" if metric == "f1" else "mean", "higher_is_better": True}
+            ],
         }
         place.write_text(json.dumps(written))  # which is YAML as well
         return str(place)
@@ -78,15 +80,15 @@ def test_data_that_is_absent_is_named(start, task, tmp_path: Path) -> None:
 
 
 def test_a_metric_without_a_number_for_each_item_is_refused(start, task) -> None:
-    with pytest.raises(DataError, match="own_questions gives its item 0 the .*, expected a number"):
+    with pytest.raises(DataError, match=r"own_questions gives its item 0 the .*, expected a number"):
         score_items(start(), "policy", [task(metric="f1")], None)
 
 
 def test_tasks_are_looked_up_before_anything_is_trained(task, monkeypatch: pytest.MonkeyPatch) -> None:
     check_tasks([task(), "arc_easy"])
-    with pytest.raises(ConfigError, match="got 'arc_esay', expected a task of lm-eval .* Did you mean 'arc_easy'"):
+    with pytest.raises(ConfigError, match=r"got 'arc_esay', expected a task of lm-eval .* Did you mean 'arc_easy'"):
         check_tasks(["arc_esay"])
-    with pytest.raises(ConfigError, match="there is no file nowhere.yaml"):
+    with pytest.raises(ConfigError, match=r"there is no file nowhere\.yaml"):
         check_tasks(["nowhere.yaml"])
     harness._read_index.cache_clear()
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)

@@ -16,8 +16,8 @@ from dpo.model.reference import ReferenceLogps
 from dpo.model.views import (
     FreshReference,
     concatenate,
-    keys,
     drift,
+    keys,
     policy_logps,
     score,
     step_fields,
