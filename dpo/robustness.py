@@ -25,7 +25,7 @@ from dpo.data import Checked, Preference, check, held_out_pairs
 from dpo.errors import ConfigError, DataError
 from dpo.estimates import Estimate, mean
 from dpo.evaluation.achieved import Achieved
-from dpo.evaluation.comparison import ACCURACY, GOLD, MARGIN
+from dpo.evaluation.titles import ACCURACY, GOLD, MARGIN
 from dpo.measure import achieved_by
 from dpo.model.base import Base, LanguageModel, load_base
 from dpo.run import ADAPTER, SUMMARY_FILE, Result, execute, measure_start, only_process, prepared_for, read_result

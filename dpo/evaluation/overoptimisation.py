@@ -11,8 +11,7 @@ from scipy import stats
 
 from dpo.estimates import LEVEL
 from dpo.evaluation.records import Difference, Entry, Point
-
-GOLD = "eval/gold_reward"
+from dpo.evaluation.titles import GOLD
 
 
 def overoptimised(proxies: Sequence[Difference], golds: Sequence[Difference]) -> list[str]:

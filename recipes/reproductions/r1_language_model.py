@@ -17,9 +17,9 @@ from dpo.data import check
 from dpo.errors import TrainingError
 from dpo.estimates import Estimate
 from dpo.evaluation.bestofn import best_of
-from dpo.evaluation.comparison import GOLD, KL
 from dpo.evaluation.records import Comparison, Entry
 from dpo.evaluation.samples import Spoken
+from dpo.evaluation.titles import GOLD, KL
 from dpo.model.base import load_base
 from dpo.recipes.reproductions.report import COLOURS, INK, MARKERS, Report, canvas
 from dpo.run import measure_start, read_result, speaking, stage_folders

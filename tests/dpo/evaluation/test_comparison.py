@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 
 from dpo.evaluation.achieved import Achieved
-from dpo.evaluation.comparison import GOLD, KL, PROXY, Asked, compare
+from dpo.evaluation.comparison import Asked, compare
 from dpo.evaluation.judges import Judge, Question, Verdict
 from dpo.evaluation.pairs import HeldOut, Pair
 from dpo.evaluation.records import START, Comparison, Cost, Trained
 from dpo.evaluation.samples import Answer, Spoken
+from dpo.evaluation.titles import GOLD, KL, PROXY
 
 PROMPTS = 48
 
