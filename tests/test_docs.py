@@ -240,7 +240,7 @@ def build(folder: Path) -> subprocess.CompletedProcess[str]:
 @pytest.fixture
 def copy(tmp_path: Path) -> Path:
     """The repository without what is not documentation's."""
-    for name in ("docs", "dpo", "losses", "data", "recipes", "benchmarks", "tests"):
+    for name in ("docs", "dpo", "losses", "data", "recipes", "benchmarks", "tests", "notebooks"):
         shutil.copytree(ROOT / name, tmp_path / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     for file in (SITE, *ROOT.glob("*.md")):
         shutil.copy(file, tmp_path)
