@@ -96,7 +96,7 @@ from dpo.api import train
 rates = {"dpo": 5e-4, "ipo": 5e-4, "kto": 2.5e-4}
 settings = {
     "data": {"train": pairs, "eval_share": 0.1, "max_length": 192, "limit": 24 if SMOKE else None},
-    "loop": {"max_steps": 2 if SMOKE else 32, "num_train_epochs": 1000, "gradient_accumulation_steps": 1},
+    "loop": {"max_steps": 1 if SMOKE else 32, "num_train_epochs": 1000, "gradient_accumulation_steps": 1},
     "evaluation": {
         "gold": "dpo.data.gold:sentiment",
         "prompts": str(task / "eval_prompts.txt"),
