@@ -94,3 +94,11 @@ def test_tasks_are_looked_up_before_anything_is_trained(task, monkeypatch: pytes
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
     with pytest.raises(ConfigError, match=r"needs the package lm-eval: pip install 'dpo-lab\[harness\]'"):
         check_tasks(["arc_easy"])
+
+
+def test_an_item_that_is_read_in_several_ways_counts_by_the_first(start, task, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As gsm8k's strict and flexible answers."""
+    read = [("strict", 0, 0.0), ("strict", 1, 1.0), ("flexible", 0, 1.0), ("flexible", 1, 1.0)]
+    samples = [{"doc_id": n, "filter": way, "metrics": ["acc"], "acc": value} for way, n, value in read]
+    monkeypatch.setattr("lm_eval.simple_evaluate", lambda *_, **__: {"samples": {"sums": samples}})
+    assert score_items(start(), "policy", [task()], None) == {"sums/0": 0.0, "sums/1": 1.0}
